@@ -1,0 +1,1 @@
+"""The floor: what every process of recloop agrees on, with nothing of the layers above."""
