@@ -1,0 +1,75 @@
+"""The live catalogue's item: what `PUT /v1/items` states and every replica embeds.
+
+In:  mappings from JSON, CSV or Parquet.  Out: validated `Item` objects.
+Knows nothing of vectors, table rows or where items are stored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cluster.errors import InvalidEventError
+from cluster.events import MAX_ID_CHARS
+
+MAX_TEXT_CHARS = 20_000
+MAX_CATEGORIES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One item as its owner describes it."""
+
+    item_id: str
+    text: str
+    """What the encoder reads; it places an item nobody has met yet."""
+    domain: str = "default"
+    categories: tuple[str, ...] = ()
+    available_from_us: int | None = None
+    available_until_us: int | None = None
+
+
+_FIELDS = frozenset(f.name for f in fields(Item))
+
+
+def parse_item(raw: Mapping[str, Any]) -> Item:  # Any: values come from JSON
+    """Check one raw mapping and return the item it states; raises `InvalidEventError` naming the field."""
+    if unknown := sorted(set(raw) - _FIELDS):
+        raise InvalidEventError(unknown[0], f"unknown field; known: {', '.join(sorted(_FIELDS))}")
+    available_from_us = _timestamp("available_from_us", raw.get("available_from_us"))
+    available_until_us = _timestamp("available_until_us", raw.get("available_until_us"))
+    if available_until_us is not None and available_until_us <= (available_from_us or 0):
+        raise InvalidEventError("available_until_us", "must be later than available_from_us")
+    return Item(
+        item_id=_text("item_id", raw.get("item_id"), MAX_ID_CHARS),
+        text=_text("text", raw.get("text"), MAX_TEXT_CHARS),
+        domain=_text("domain", raw.get("domain", "default"), MAX_ID_CHARS),
+        categories=_categories(raw.get("categories")),
+        available_from_us=available_from_us,
+        available_until_us=available_until_us,
+    )
+
+
+def _text(name: str, value: object, max_chars: int) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidEventError(name, "must be a non-empty string")
+    if len(value) > max_chars:
+        raise InvalidEventError(name, f"has {len(value):,} characters; at most {max_chars:,}")
+    if "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidEventError(name, "holds a NUL or a lone surrogate")
+    return value
+
+
+def _categories(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or len(value) > MAX_CATEGORIES:
+        raise InvalidEventError("categories", f"must be a list of at most {MAX_CATEGORIES} names")
+    return tuple(_text("categories", name, MAX_ID_CHARS) for name in value)
+
+
+def _timestamp(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise InvalidEventError(name, "must be microseconds since 1970 (UTC), a whole number")
+    return value
