@@ -237,7 +237,7 @@ def test_a_missing_link_is_named(folder):
     for seq in (1, 2, 3):
         publish_delta(registry, seq, seq)
     (folder / "versions/000001/deltas/000002/manifest.json").unlink()
-    with pytest.raises(CorruptVersionError, match="deltas/000002/manifest.json: missing"):
+    with pytest.raises(CorruptVersionError, match=r"deltas/000002/manifest\.json: missing"):
         registry.deltas(1)
 
 

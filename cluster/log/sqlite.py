@@ -1,0 +1,251 @@
+"""The embedded event log: one SQLite file that several processes may append to and read.
+
+In:  events, past interactions, items, consumers' offsets.  Out: sequence numbers, events in order, user state.
+Knows nothing of HTTP, models or training.
+
+An ack (a returned `Appended`) means that the event survives a crash of any process and a power loss. Sequence numbers
+start at 1 and have no gaps; an `event_id` has one place in the log for ever. User history is written in the event's own
+transaction, so it always equals the fold of the log over `INTERACTION_KINDS`, after the imported past (seq <= 0).
+"""
+
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.catalogue import Item
+from cluster.errors import EngineError
+from cluster.events import INTERACTION_KINDS, Event
+from cluster.log import schema
+from cluster.log.commit import GroupCommit
+from cluster.log.records import (
+    EVENT_COLUMNS,
+    ITEM_COLUMNS,
+    Appended,
+    Interaction,
+    LoggedEvent,
+    Row,
+    UserState,
+    VerifyReport,
+    event_row,
+    item_from,
+    item_row,
+    logged_event,
+)
+
+NO_BOUND = 2**63 - 1
+FIRST_SEED_SEQ = -(2**40)
+"""Where imported history starts: room for a trillion interactions before the log's first event."""
+SEED_CHUNK_ROWS = 50_000
+WRITER_CACHE_BYTES = 64 << 20
+READER_CACHE_BYTES = 8 << 20
+
+HISTORY_COLUMNS = "user_id, seq, item_id, kind, value, ts_us"
+CHOSEN = ", ".join(f"'{kind}'" for kind in sorted(INTERACTION_KINDS))
+FOLD = f"SELECT {HISTORY_COLUMNS} FROM events WHERE kind IN ({CHOSEN})"
+LIVE_HISTORY = f"SELECT {HISTORY_COLUMNS} FROM user_history WHERE seq > 0"
+INSERT_HISTORY = f"INSERT INTO user_history ({HISTORY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+INSERT_EVENT = (
+    f"INSERT INTO events (acked_us, {', '.join(EVENT_COLUMNS)}) VALUES (?{', ?' * len(EVENT_COLUMNS)}) "
+    "ON CONFLICT (event_id) DO NOTHING RETURNING seq"
+)
+READ_EVENTS = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+READ_ITEMS = f"SELECT item_seq, {', '.join(ITEM_COLUMNS)} FROM items WHERE item_seq > ? ORDER BY item_seq LIMIT ?"
+
+
+class EventLog:
+    """An open log; every method may be called from any thread."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._readers: deque[sqlite3.Connection] = deque()
+        with self._engine_errors():
+            schema.create(self.path)
+            writer = schema.connect(self.path, cache_bytes=WRITER_CACHE_BYTES)
+        self._writer = GroupCommit(writer, str(self.path))
+
+    def append(self, events: Sequence[Event]) -> list[Appended]:
+        """Write the events and return when they are durable; one whose id is known keeps its first place.
+
+        Raises `EngineError` where nothing was written; appending the same events again is always safe.
+        """
+        return self.append_async(events).result()
+
+    def append_async(self, events: Sequence[Event]) -> Future[list[Appended]]:
+        """Do what `append` does without waiting: the future resolves when the events are durable."""
+        taken = tuple(events)
+        return self._writer.submit(lambda connection: _append(connection, taken))
+
+    def read(self, after_seq: int, max_events: int) -> list[LoggedEvent]:
+        """Return the next events after a sequence number, in order; empty at the head."""
+        return [logged_event(row) for row in self._rows(READ_EVENTS, (after_seq, max_events))]
+
+    def head_seq(self) -> int:
+        """Return the newest sequence number; 0 for an empty log."""
+        return self._rows("SELECT coalesce(max(seq), 0) FROM events")[0][0]
+
+    def commit_offset(self, consumer: str, seq: int) -> None:
+        """Remember durably how far a consumer has come."""
+        statement = "INSERT INTO offsets VALUES (?, ?) ON CONFLICT (consumer) DO UPDATE SET seq = excluded.seq"
+        self._writer.submit(lambda connection: connection.execute(statement, (consumer, seq)).rowcount).result()
+
+    def committed_offset(self, consumer: str) -> int:
+        """Return how far a consumer has come; 0 for one that never committed."""
+        rows = self._rows("SELECT seq FROM offsets WHERE consumer = ?", (consumer,))
+        return rows[0][0] if rows else 0
+
+    def user_state(self, user_id: str, max_history: int, before_seq: int | None = None) -> UserState:
+        """Return the user's last interactions and newest event, as they were before `before_seq` if that is given."""
+        bound = NO_BOUND if before_seq is None else before_seq
+        newest = "SELECT coalesce(max(seq), 0) FROM events WHERE user_id = ? AND seq < ?"
+        recent = (
+            "SELECT item_id, kind, value, ts_us, seq FROM user_history WHERE user_id = ? AND seq < ? "
+            "ORDER BY seq DESC LIMIT ?"
+        )
+        seq = self._rows(newest, (user_id, bound))[0][0]  # first, so that the history holds at least up to it
+        rows = self._rows(recent, (user_id, bound, max_history))
+        return UserState(history=tuple(Interaction(*row) for row in reversed(rows)), seq=seq)
+
+    def seen_items(self, user_id: str, before_seq: int | None = None) -> frozenset[str]:
+        """Return every item the user has interacted with."""
+        bound = NO_BOUND if before_seq is None else before_seq
+        rows = self._rows("SELECT item_id FROM user_history WHERE user_id = ? AND seq < ?", (user_id, bound))
+        return frozenset(item_id for (item_id,) in rows)
+
+    def seed_history(self, name: str, events: pa.Table) -> int:
+        """Import past interactions once per name and return how many entered user history (0 the second time).
+
+        They come before every event of the log, ordered by time, and are never returned by `read`.
+        """
+        return self._writer.submit(lambda connection: _seed(connection, name, events)).result()
+
+    def put_items(self, items: Sequence[Item]) -> int:
+        """Write items, replacing those of the same id, and return the last one's number."""
+        rows = [item_row(item) for item in items]
+        return self._writer.submit(lambda connection: _put_items(connection, rows)).result()
+
+    def read_items(self, after_item_seq: int, max_items: int) -> list[tuple[int, Item]]:
+        """Return items written after a number, each once, at its newest."""
+        return [(row[0], item_from(row[1:])) for row in self._rows(READ_ITEMS, (after_item_seq, max_items))]
+
+    def verify(self) -> VerifyReport:
+        """Check the whole log against itself and its file; reads everything."""
+        with self._reader() as connection:
+            connection.execute("BEGIN")  # one snapshot for all that is compared
+            try:
+                return _verify(connection)
+            finally:
+                connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Finish what is queued and close the file; further appends raise `EngineError`."""
+        self._writer.close()
+        while self._readers:
+            self._readers.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rows(self, statement: str, values: Row = ()) -> list[Row]:
+        with self._reader() as connection:
+            return connection.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection that no other thread uses meanwhile."""
+        with self._engine_errors():
+            try:
+                connection = self._readers.pop()
+            except IndexError:
+                connection = schema.connect(self.path, cache_bytes=READER_CACHE_BYTES)
+            try:
+                yield connection
+            finally:
+                self._readers.append(connection)
+
+    @contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise EngineError(f"{self.path}: the event log cannot be used ({error})") from error
+
+
+def _append(connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
+    acked_us = time.time_ns() // 1_000
+    return [_append_one(connection, event, acked_us) for event in events]
+
+
+def _append_one(connection: sqlite3.Connection, event: Event, acked_us: int) -> Appended:
+    written = connection.execute(INSERT_EVENT, (acked_us, *event_row(event))).fetchall()
+    if not written:
+        first = connection.execute("SELECT seq FROM events WHERE event_id = ?", (event.event_id,)).fetchone()
+        return Appended(event.event_id, first[0], duplicate=True)
+    seq = written[0][0]
+    if event.kind in INTERACTION_KINDS:
+        entry = (event.user_id, seq, event.item_id, event.kind, event.value, event.ts_us)
+        connection.execute(INSERT_HISTORY, entry)
+    return Appended(event.event_id, seq, duplicate=False)
+
+
+def _seed(connection: sqlite3.Connection, name: str, events: pa.Table) -> int:
+    if connection.execute("SELECT 1 FROM seeds WHERE name = ?", (name,)).fetchone():
+        return 0
+    columns = ["user_id", "item_id", "kind", "value", "ts_us"]
+    chosen = events.filter(pc.field("kind").isin(sorted(INTERACTION_KINDS))).select(columns)
+    chosen = chosen.sort_by("ts_us")  # stable: simultaneous interactions keep their order
+    first_seq = connection.execute(
+        "SELECT coalesce(max(first_seq + rows), ?) FROM seeds", (FIRST_SEED_SEQ,)
+    ).fetchone()[0]
+    seq = first_seq
+    for batch in chosen.to_batches(max_chunksize=SEED_CHUNK_ROWS):
+        users, items, kinds, values, times = (column.to_pylist() for column in batch.columns)
+        seqs = range(seq, seq + batch.num_rows)
+        connection.executemany(INSERT_HISTORY, zip(users, seqs, items, kinds, values, times, strict=True))
+        seq += batch.num_rows
+    connection.execute("INSERT INTO seeds VALUES (?, ?, ?)", (name, first_seq, chosen.num_rows))
+    return chosen.num_rows
+
+
+def _put_items(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
+    head = connection.execute("SELECT coalesce(max(item_seq), 0) FROM items").fetchone()[0]
+    statement = (
+        f"INSERT INTO items (item_seq, {', '.join(ITEM_COLUMNS)}) VALUES (?{', ?' * len(ITEM_COLUMNS)}) "
+        "ON CONFLICT (item_id) DO UPDATE SET item_seq = excluded.item_seq, "
+        + ", ".join(f"{column} = excluded.{column}" for column in ITEM_COLUMNS[1:])
+    )
+    connection.executemany(statement, ((number, *row) for number, row in enumerate(rows, head + 1)))
+    return head + len(rows)
+
+
+def _verify(connection: sqlite3.Connection) -> VerifyReport:
+    def one(statement: str) -> Row:
+        return connection.execute(statement).fetchone()
+
+    events, ids, first_seq, last_seq = one(
+        "SELECT count(*), count(DISTINCT event_id), coalesce(min(seq), 0), coalesce(max(seq), 0) FROM events"
+    )
+    missing = one(f"SELECT count(*) FROM ({FOLD} EXCEPT {LIVE_HISTORY})")[0]
+    surplus = one(f"SELECT count(*) FROM ({LIVE_HISTORY} EXCEPT {FOLD})")[0]
+    return VerifyReport(
+        events=events,
+        first_seq=first_seq,
+        last_seq=last_seq,
+        gaps=last_seq - events,
+        duplicates=events - ids,
+        state_mismatches=missing + surplus,
+        integrity=one("PRAGMA integrity_check(1)")[0],
+    )
