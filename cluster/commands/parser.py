@@ -1,0 +1,198 @@
+"""What can be typed after `recloop`: commands, flags, help.
+
+In:  nothing.  Out: a parser whose result names the function to run (`target`) and carries every flag.
+Knows nothing of what the functions do.
+"""
+
+import argparse
+from typing import TypeAlias
+
+from cluster.config import packaged_recipes
+
+DEFAULT_RECIPE = "movielens"
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
+EXIT_CODES = """\
+exit codes:
+  0 done · 1 failed · 2 recipe or flag · 3 data · 4 registry · 5 Ray, port, storage or log · 6 figures below their bars
+  130 Ctrl-C
+
+`recloop COMMAND --help` shows a command's flags and examples.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One command's parser: help keeps its line breaks, flags are not abbreviated."""
+
+    def __init__(self, **settings: object) -> None:
+        settings |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**settings)  # pyright: ignore[reportArgumentType]  # passed through as argparse gives them
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(prog="recloop", description="A recommender that learns while it serves.", epilog=EXIT_CODES)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", title="commands")
+    for add in (_prepare, _train, _evaluate, _publish, _serve, _replay, _demo, _versions, _events, _status):
+        _add_common_flags(add(commands))
+    return parser
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def _command(commands: Commands, name: str, target: str, summary: str, *examples: str) -> _Parser:
+    epilog = "\n".join(["examples:", *(f"  recloop {name} {example}".rstrip() for example in examples)])
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog)
+    parser.set_defaults(target=target, result_is_json=False)
+    return parser
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("flags of every command")
+    group.add_argument("--home", metavar="DIR", help="registry, log, runs; default $RECLOOP_HOME or ./recloop-home")
+    recipes = ", ".join(packaged_recipes())
+    group.add_argument("--recipe", metavar="NAME|FILE", default=DEFAULT_RECIPE, help=f"{recipes}, or a TOML file")
+    group.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="override one key of the recipe; may be repeated",
+    )
+    group.add_argument("--json", action="store_true", help="print the result as one line of JSON, no progress bars")
+    group.add_argument("--verbose", action="store_true", help="log what happens, and where an error was raised")
+
+
+def _prepare(commands: Commands) -> _Parser:
+    parser = _command(
+        commands,
+        "prepare",
+        "training.prepare.command:run",
+        "make a dataset from a known source or from your own files",
+        "movielens",
+        "--events clicks.csv --columns user=member,item=sku,time=at --out data/clicks",
+        "--events e.parquet --items i.csv --item-columns item=sku,text=title --out data/shop",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("source", nargs="?", choices=["movielens"], help="a known source")
+    source.add_argument("--events", metavar="FILE", help="your interactions, CSV or Parquet")
+    parser.add_argument("--columns", metavar="A=B,…", type=_mapping, default={}, help="user, item, time, kind, value")
+    parser.add_argument("--items", metavar="FILE", help="your items, CSV or Parquet")
+    parser.add_argument("--item-columns", metavar="A=B,…", type=_mapping, default={}, help="item, text, categories, …")
+    parser.add_argument("--out", metavar="DIR", help="where to; default is datasets/ in the home folder")
+    return parser
+
+
+def _train(commands: Commands) -> _Parser:
+    summary = "train on a dataset's first part by time"
+    parser = _command(commands, "train", "training.trainer:run", summary, "", "--data data/shop --workers 4 --epochs 3")
+    _add_data_flag(parser)
+    _add_workers_flag(parser)
+    parser.add_argument("--epochs", metavar="N", type=_positive, help="default: the recipe's train.epochs")
+    return parser
+
+
+def _evaluate(commands: Commands) -> _Parser:
+    summary = "score a published version on a dataset's last part by time"
+    parser = _command(commands, "evaluate", "training.evaluation.command:run", summary, "", "--version 1.37")
+    _add_data_flag(parser)
+    parser.add_argument("--version", metavar="V", help="such as 1 or 1.37; default: the promoted one")
+    return parser
+
+
+def _publish(commands: Commands) -> _Parser:
+    summary = "publish a training run as the next version"
+    parser = _command(commands, "publish", "training.publish:run", summary, "", "--run runs/000003")
+    parser.add_argument("--run", metavar="DIR", help="default: the newest run in the home folder")
+    return parser
+
+
+def _serve(commands: Commands) -> _Parser:
+    summary = "serve the promoted version over HTTP until Ctrl-C, learning from feedback"
+    parser = _command(commands, "serve", "serving.command:run", summary, "", "--port 9000", "--data data/shop")
+    _add_address_flags(parser)
+    _add_data_flag(parser)
+    return parser
+
+
+def _replay(commands: Commands) -> _Parser:
+    summary = "send a dataset's last part by time to a server as live traffic"
+    parser = _command(commands, "replay", "training.replay:run", summary, "", "--url http://127.0.0.1:9000")
+    parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
+    _add_data_flag(parser)
+    _add_events_limit(parser)
+    parser.set_defaults(result_is_json=True)
+    return parser
+
+
+def _demo(commands: Commands) -> _Parser:
+    summary = "run the whole loop: prepare, train, publish, serve, replay, report"
+    parser = _command(commands, "demo", "training.demo:run", summary, "", "--stay", "--events 500 --workers 1")
+    _add_workers_flag(parser)
+    _add_address_flags(parser)
+    _add_events_limit(parser)
+    parser.add_argument("--stay", action="store_true", help="leave the server up afterwards, until Ctrl-C")
+    parser.set_defaults(result_is_json=True)
+    return parser
+
+
+def _versions(commands: Commands) -> _Parser:
+    summary = "list versions, promote one, or roll back to the one before"
+    parser = _command(
+        commands, "versions", "cluster.commands.versions:run", summary, "", "promote 1.37 --reason 'better'", "rollback"
+    )
+    parser.add_argument("action", nargs="?", choices=["list", "promote", "rollback"], default="list")
+    parser.add_argument("version", nargs="?", metavar="V", help="what to promote, such as 1 or 1.37")
+    parser.add_argument("--reason", default="", help="kept in the registry's history")
+    return parser
+
+
+def _events(commands: Commands) -> _Parser:
+    summary = "show the newest events of the log, or verify it"
+    parser = _command(
+        commands, "events", "cluster.commands.events:run", summary, "", "tail --last 50 --follow", "verify"
+    )
+    parser.add_argument("action", nargs="?", choices=["tail", "verify"], default="tail")
+    parser.add_argument("--last", metavar="N", type=_positive, default=10, help="how many; default: %(default)s")
+    parser.add_argument("--follow", action="store_true", help="go on with new ones until Ctrl-C")
+    return parser
+
+
+def _status(commands: Commands) -> _Parser:
+    summary = "show what is published, logged and learned, and whether a server answers"
+    parser = _command(commands, "status", "cluster.commands.status:run", summary, "", "--url http://127.0.0.1:9000")
+    parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
+    return parser
+
+
+def _add_data_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", help="a prepared dataset; default: the recipe's")
+
+
+def _add_workers_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", metavar="N", type=_positive, default=2, help="default: %(default)s")
+
+
+def _add_address_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default=DEFAULT_HOST, help="default: %(default)s")
+    parser.add_argument("--port", type=_positive, default=DEFAULT_PORT, help="default: %(default)s")
+
+
+def _add_events_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--events", metavar="N", type=_positive, help="replay only the first N; default: all")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _mapping(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if wrong := [before for before, equals, after in pairs if not (before.strip() and equals and after.strip())]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not of the form name=column; try user=member,item=sku")
+    return {before.strip(): after.strip() for before, _, after in pairs}

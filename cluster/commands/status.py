@@ -1,0 +1,60 @@
+"""`recloop status`: what is published, logged and learned in a home, and whether a server answers.
+
+In:  the home folder and a server's address.  Out: one row of each.
+Knows nothing of models.
+"""
+
+import argparse
+import urllib.error
+import urllib.request
+
+from cluster.commands.versions import current_or_none, open_registry
+from cluster.errors import ConfigError
+from cluster.home import Home
+from cluster.log import EventLog
+from cluster.output import Result
+from cluster.registry import Registry
+
+PROBE_TIMEOUT_S = 2.0
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Look at everything, change nothing."""
+    return {
+        "home": str(args.home.path),
+        **_describe_registry(open_registry(args)),
+        **_describe_log(args.home),
+        "server": args.url,
+        "server_answers": _probe(args.url),
+    }
+
+
+def _describe_registry(registry: Registry) -> Result:
+    current = current_or_none(registry)
+    if current is None:
+        return {"current": None, "versions": 0, "learned_seq": None}
+    return {
+        "current": str(current),
+        "versions": len(registry.versions()),
+        "learned_seq": registry.manifest(current).last_seq,
+    }
+
+
+def _describe_log(home: Home) -> Result:
+    if not home.log.exists():
+        return {"logged_seq": None}
+    with EventLog(home.log) as log:
+        return {"logged_seq": log.head_seq()}
+
+
+def _probe(url: str) -> str:
+    """Return what the server says of its readiness, in a word."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/readyz", timeout=PROBE_TIMEOUT_S) as response:
+            return "ready" if response.status == 200 else f"HTTP {response.status}"
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except ValueError as error:
+        raise ConfigError(f"--url {url}: {error}; try http://127.0.0.1:8000") from error
+    except OSError:
+        return "no"
