@@ -1,0 +1,259 @@
+"""The dataset folder: what `prepare` writes and everything that trains or evaluates reads.
+
+    DIR/dataset.json           what it is, its counts and where it comes from; it makes the folder a dataset
+        events/part-*.parquet  EVENT_SCHEMA, ordered by time; equal times keep the order they were given in
+        items.parquet          ITEM_SCHEMA, one row an item
+        users.parquet          USER_SCHEMA, one row a user
+        rejected.parquet       raw rows that were refused, with the reason (only where there are any)
+
+In:  Arrow tables.  Out: `Dataset`, which reads them back.
+Knows nothing of raw files, of vocabularies or of models.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.errors import DataError
+from cluster.events import EVENT_SCHEMA
+
+SCHEMA_VERSION = 1
+ROWS_PER_PART = 5_000_000
+
+ITEM_SCHEMA = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("domain", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("categories", pa.list_(pa.string()), nullable=False),
+        pa.field("available_from_us", pa.int64()),
+        pa.field("available_until_us", pa.int64()),
+    ]
+)
+USER_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("attributes", pa.map_(pa.string(), pa.string()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where data came from and under which terms."""
+
+    name: str
+    licence: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """What `dataset.json` says."""
+
+    schema_version: int
+    name: str
+    label: str
+    """What counts as a positive interaction, in words."""
+    events: int
+    items: int
+    users: int
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    """Events of each kind."""
+    first_ts_us: int | None = None
+    last_ts_us: int | None = None
+    sources: tuple[Source, ...] = ()
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    """Raw rows refused, by reason; the rows themselves are in rejected.parquet."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of the preparation, such as join coverage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A dataset on disk; tables are read when asked for."""
+
+    path: Path
+    info: DatasetInfo
+
+    def events(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the events in time order, all columns or those named."""
+        parts = sorted((self.path / "events").glob("*.parquet"))
+        return pa.concat_tables(_read_parquet(part, EVENT_SCHEMA, columns) for part in parts)
+
+    def items(self) -> pa.Table:
+        """Read the item table."""
+        return _read_parquet(self.path / "items.parquet", ITEM_SCHEMA)
+
+    def users(self) -> pa.Table:
+        """Read the user table."""
+        return _read_parquet(self.path / "users.parquet", USER_SCHEMA)
+
+
+def write_dataset(
+    path: str | Path,
+    *,
+    name: str,
+    events: pa.Table,
+    items: pa.Table,
+    users: pa.Table,
+    label: str,
+    sources: Sequence[Source],
+    rejected: Mapping[str, int],
+    rejected_rows: pa.Table | None = None,
+    facts: Mapping[str, float] | None = None,
+) -> Dataset:
+    """Write a dataset folder whole or not at all, replacing the dataset that was there.
+
+    Events are sorted by time, stably. Raises `DataError` when a table does not fit its schema, an id appears twice in
+    its table, or `path` holds something that is not a dataset.
+    """
+    path = Path(path)
+    events = _sorted_by_time(_conform("events", events, EVENT_SCHEMA, "event_id"))
+    items = _conform("items", items, ITEM_SCHEMA, "item_id")
+    users = _conform("users", users, USER_SCHEMA, "user_id")
+    kinds = events["kind"].value_counts().to_pylist()
+    info = DatasetInfo(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        label=label,
+        events=events.num_rows,
+        items=items.num_rows,
+        users=users.num_rows,
+        kinds={entry["values"]: entry["counts"] for entry in kinds},
+        first_ts_us=pc.min(events["ts_us"]).as_py(),
+        last_ts_us=pc.max(events["ts_us"]).as_py(),
+        sources=tuple(sources),
+        rejected=dict(rejected),
+        facts=dict(facts or {}),
+    )
+    _refuse_foreign_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        (draft / "events").mkdir()
+        for part in range(max(1, -(-events.num_rows // ROWS_PER_PART))):
+            rows = events.slice(part * ROWS_PER_PART, ROWS_PER_PART)
+            pq.write_table(rows, draft / "events" / f"part-{part:05d}.parquet", compression="zstd")
+        pq.write_table(items, draft / "items.parquet", compression="zstd")
+        pq.write_table(users, draft / "users.parquet", compression="zstd")
+        if rejected_rows is not None and rejected_rows.num_rows:
+            pq.write_table(rejected_rows, draft / "rejected.parquet", compression="zstd")
+        text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
+        (draft / "dataset.json").write_text(text + "\n", encoding="utf-8")
+        _replace_folder(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return load_dataset(path)
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Open a dataset folder. Raises `DataError` naming the file, key or count that is missing or does not hold."""
+    path = Path(path)
+    info = _read_info(path / "dataset.json")
+    parts = sorted((path / "events").glob("*.parquet"))
+    if not parts:
+        raise DataError(f"{path / 'events'}: holds no *.parquet; prepare the dataset again")
+    counted = {
+        "events": sum(_check_parquet(part, EVENT_SCHEMA) for part in parts),
+        "items": _check_parquet(path / "items.parquet", ITEM_SCHEMA),
+        "users": _check_parquet(path / "users.parquet", USER_SCHEMA),
+    }
+    for table, rows in counted.items():
+        stated = getattr(info, table)
+        if rows != stated:
+            raise DataError(f"{path}: dataset.json states {stated:,} {table}, the files hold {rows:,}; prepare again")
+    return Dataset(path=path, info=info)
+
+
+def _read_info(path: Path) -> DatasetInfo:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); `recloop prepare` makes a dataset") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}); prepare the dataset again") from error
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: must be a JSON object")
+    if missing := [key for key in ("schema_version", "name", "label", "events", "items", "users") if key not in raw]:
+        raise DataError(f"{path}: key {missing[0]!r} is missing; present: {', '.join(sorted(raw))}")
+    if raw["schema_version"] != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version={raw['schema_version']}: this recloop reads {SCHEMA_VERSION}")
+    try:
+        return DatasetInfo(**{**raw, "sources": tuple(Source(**source) for source in raw.get("sources", ()))})
+    except TypeError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _conform(table_name: str, table: pa.Table, schema: pa.Schema, key: str) -> pa.Table:
+    if missing := [name for name in schema.names if name not in table.column_names]:
+        raise DataError(f"{table_name}: column {missing[0]!r} is missing; present: {', '.join(table.column_names)}")
+    try:
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{table_name}: {error}") from error
+    for column in schema:
+        if not column.nullable and table[column.name].null_count:
+            raise DataError(f"{table_name}.{column.name}: holds {table[column.name].null_count:,} nulls")
+    if (distinct := pc.count_distinct(table[key]).as_py()) != table.num_rows:
+        raise DataError(f"{table_name}.{key}: {table.num_rows - distinct:,} of {table.num_rows:,} rows repeat an id")
+    return table
+
+
+def _sorted_by_time(events: pa.Table) -> pa.Table:
+    times = events["ts_us"].to_numpy()
+    if times.size < 2 or np.all(times[1:] >= times[:-1]):
+        return events
+    return events.take(np.argsort(times, kind="stable"))
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    if path.is_file():
+        raise DataError(f"{path}: is a file; name a folder for the dataset")
+    if path.is_dir() and any(path.iterdir()) and not (path / "dataset.json").is_file():
+        raise DataError(f"{path}: holds files but no dataset.json; name a new or empty folder")
+
+
+def _replace_folder(draft: Path, path: Path) -> None:
+    draft.chmod(0o755)
+    if path.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+        os.replace(path, old)
+        os.replace(draft, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(draft, path)
+
+
+def _check_parquet(path: Path, schema: pa.Schema) -> int:
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
+    present = metadata.schema.to_arrow_schema().names
+    if missing := [name for name in schema.names if name not in present]:
+        raise DataError(f"{path}: column {missing[0]!r} is missing; present: {', '.join(present)}")
+    return metadata.num_rows
+
+
+def _read_parquet(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    names = list(columns) if columns is not None else schema.names
+    if unknown := [name for name in names if name not in schema.names]:
+        raise DataError(f"{path}: no column {unknown[0]!r}; there are: {', '.join(schema.names)}")
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read(columns=names).select(names).cast(pa.schema([schema.field(name) for name in names]))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error}); prepare the dataset again") from error

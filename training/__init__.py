@@ -1,0 +1,1 @@
+"""Training: data preparation, batch streams, models, trainer, publishing, the online trainer, evaluation."""

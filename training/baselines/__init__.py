@@ -1,0 +1,1 @@
+"""Classical recommenders that every quality claim is held against."""

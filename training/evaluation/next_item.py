@@ -1,0 +1,82 @@
+"""How well the model names the next item: every catalogue item ranked, items the user already has left out.
+
+In:  the dense part, whole tables, a history and which of its interactions to predict.  Out: one rank an interaction.
+Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
+
+Shapes: B interactions to predict, I items, K candidates, D dimension.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embeddings.batch import PAD
+from training.models.two_stage import TwoStage
+from training.stream import History, Windows, build_sequences, windows_before
+
+UNRANKED = 0
+"""The rank of an item that is not among the candidates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalogue:
+    """What is ranked: whole tables, by row."""
+
+    item_ID: torch.Tensor
+    """Item vectors."""
+    user_UD: torch.Tensor
+    """User rows."""
+
+
+@torch.inference_mode()
+def rank_next_items(
+    dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray, batch_size: int = 128
+) -> np.ndarray:
+    """Return the rank (1 is best, `UNRANKED` beyond the candidates) of each target, an index into the history.
+
+    Targets must not be a user's first interaction. The model is in evaluation mode on return.
+    """
+    dense.eval()
+    windows = windows_before(history, targets, dense.config.max_history)
+    ranks = [
+        _rank_batch(dense, catalogue, history, windows.pick(np.arange(start, min(start + batch_size, len(targets)))))
+        for start in range(0, len(targets), batch_size)
+    ]
+    return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
+
+
+def later_targets(history: History, from_order: int) -> np.ndarray:
+    """Return the indices of interactions from `from_order` on in time that are not their user's first."""
+    later = history.order >= from_order
+    later[history.starts] = False
+    return np.flatnonzero(later)
+
+
+def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
+    sequences = build_sequences(history, windows)
+    user_row_B = torch.from_numpy(sequences.user_row_B)
+    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0))
+    user_BD = dense.user_vectors(
+        catalogue.item_ID[history_BL],
+        torch.from_numpy(sequences.kind_BL),
+        torch.from_numpy(sequences.value_BL.astype(np.float32)),
+        torch.from_numpy(sequences.ts_BL),
+        torch.from_numpy(sequences.item_row_BL != PAD),
+        catalogue.user_UD[user_row_B],
+    )[:, -1]
+    score_BI = user_BD @ catalogue.item_ID.T
+    for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
+        score_BI[row, history.item_row[start:end]] = float("-inf")
+    candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1).indices
+    order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK])
+    order_BK[score_BI.gather(1, candidate_BK).isinf()] = float("-inf")
+
+    found_BK = candidate_BK == torch.from_numpy(history.item_row[windows.last]).unsqueeze(1)
+    target_B1 = order_BK.masked_fill(~found_BK, float("-inf")).amax(1, keepdim=True)
+    rank_B = 1 + (order_BK > target_B1).sum(1)
+    return torch.where(target_B1.squeeze(1).isinf(), UNRANKED, rank_B).numpy()
+
+
+def _user_starts(history: History, windows: Windows) -> np.ndarray:
+    return history.starts[np.searchsorted(history.starts, windows.last, side="right") - 1]

@@ -1,0 +1,1 @@
+"""Data preparation: raw files of any origin into the dataset folder of `cluster.dataset`."""

@@ -1,0 +1,70 @@
+"""The items of a CSV or Parquet file, with a column mapping, as an item table.
+
+In:  a file and which column plays which role.  Out: a table of `ITEM_SCHEMA` and the verdict on every row.
+Knows nothing of events.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.dataset import ITEM_SCHEMA
+from training.prepare.raw_table import RawTable, column_names, read_raw_table
+from training.prepare.raw_values import parse_text, parse_times
+from training.prepare.verdict import Verdict
+
+ITEM_ROLES = ("item_id", "text", "domain", "categories", "available_from", "available_until")
+NEEDED_ITEM_ROLES = ("item_id", "text")
+MAX_TEXT_CHARS = 20_000
+CATEGORY_SEPARATOR = "|"
+
+
+def read_item_columns(
+    path: Path, columns: Mapping[str, str] | None, default_domain: str
+) -> tuple[pa.Table, Verdict, RawTable]:
+    """Read items; without a mapping, item_id and text are needed under these names and further roles are optional."""
+    if columns is None:
+        present = column_names(path)
+        columns = {role: role for role in ITEM_ROLES if role in NEEDED_ITEM_ROLES or role in present}
+    raw = read_raw_table(path, columns, list_roles=("categories",))
+    absent = pa.chunked_array([pa.nulls(raw.columns.num_rows, pa.string())])
+    cells = {role: raw.columns[role] if role in columns else absent for role in ITEM_ROLES}
+    item_id, text, domain = (parse_text(cells[role]) for role in ("item_id", "text", "domain"))
+    verdict = Verdict(raw)
+    verdict.refuse("missing item_id", item_id.is_null().to_numpy())
+    verdict.refuse_bad_ids(item_id, domain)
+    too_long = pc.fill_null(pc.greater(pc.utf8_length(text), MAX_TEXT_CHARS), False)
+    verdict.refuse(f"text of more than {MAX_TEXT_CHARS:,} characters", too_long.to_numpy())
+    times: dict[str, pa.Array] = {}
+    for role in ("available_from", "available_until"):
+        ts_us, missing, bad = parse_times(cells[role])
+        verdict.refuse(f"bad {role}", bad)
+        times[f"{role}_us"] = pa.array(ts_us, mask=missing)
+    verdict.refuse_repeated("duplicate item_id", item_id)
+    table = pa.table(
+        {
+            "item_id": item_id,
+            "domain": pc.fill_null(domain, default_domain),
+            "text": pc.fill_null(text, ""),
+            "categories": _categories(cells["categories"]),
+            **times,
+        }
+    )
+    return table.filter(pa.array(verdict.accepted)).cast(ITEM_SCHEMA), verdict, raw
+
+
+def _categories(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Part text at '|', dropping blanks; lists stay as they are and nothing becomes the empty list."""
+    kind = pa.list_(pa.string())
+    if pa.types.is_list(column.type):
+        lists = column.cast(kind)
+    else:
+        parted = pc.replace_substring_regex(parse_text(column), r"\s*\|[\s|]*", CATEGORY_SEPARATOR)
+        trimmed = pc.utf8_trim(parted, CATEGORY_SEPARATOR + " ")
+        lists = pc.split_pattern(pc.if_else(pc.equal(trimmed, ""), None, trimmed), CATEGORY_SEPARATOR).cast(kind)
+    return pc.if_else(lists.is_valid(), lists, pa.scalar([], kind))
