@@ -6,7 +6,7 @@ Knows nothing of where events are stored or what is learned from them.
 `event_id` is the client's idempotency key: posting it again is not a second event. Times are microseconds UTC.
 """
 
-import math
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -131,7 +131,7 @@ def _timestamp(value: object, now_us: int) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise InvalidEventError(name, "must be a finite number")
     return float(value)
 

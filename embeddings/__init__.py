@@ -1,0 +1,1 @@
+"""Ids and content become vectors: vocabularies, batches, sharded tables, encoders, deltas."""

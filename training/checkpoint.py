@@ -1,0 +1,96 @@
+"""Save and load everything a training run needs to go on, with torch.distributed.checkpoint.
+
+In:  a sharded model and its optimisers.  Out: a folder each worker writes its part of; whole tensors by name.
+Knows nothing of epochs or versions. DCP reshards on load: a checkpoint of two workers loads into one.
+
+Names: `tables.TABLE`, `tables.TABLE.momentum`, `dense.PARAMETER`, `dense_optimizer.PARAMETER.FIELD`.
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from cluster.errors import DataError
+from embeddings.tables import gather_tables, load_tables, table_state
+from training.step import Optimizers
+
+if TYPE_CHECKING:
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+
+ADAM_FIELDS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_checkpoint(model: "DistributedModelParallel", optimizers: Optimizers, folder: Path) -> None:
+    """Collective. Write this worker's part into `folder`, which may be another one on every worker."""
+    with _quiet():
+        dcp.save(_state(model, optimizers), checkpoint_id=str(folder))
+
+
+def load_checkpoint(model: "DistributedModelParallel", optimizers: Optimizers, folder: Path) -> None:
+    """Collective. Load a checkpoint written by any number of workers, in place."""
+    with _quiet():
+        dcp.load(_state(model, optimizers), checkpoint_id=str(folder))
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint whole, in this process alone. Raises `DataError` when it is not one."""
+    reader = dcp.FileSystemReader(str(folder))
+    try:
+        described = reader.read_metadata().state_dict_metadata
+    except (OSError, EOFError) as error:
+        raise DataError(f"{folder}: is not a checkpoint ({error})") from error
+    whole = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with _quiet():
+        dcp.load(whole, storage_reader=reader, no_dist=True)
+    return whole
+
+
+def gather_state(model: "DistributedModelParallel", optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """Collective. Return copies of all tensors whole, under the names that a checkpoint has."""
+    tables = {f"tables.{name}": whole for name, whole in gather_tables(model, list(table_state(model))).items()}
+    return tables | {name: tensor.detach().cpu().clone() for name, tensor in _dense_state(optimizers).items()}
+
+
+@torch.no_grad()
+def load_state(model: "DistributedModelParallel", optimizers: Optimizers, whole: dict[str, torch.Tensor]) -> None:
+    """Copy whole tensors into a sharded model and its optimisers; names not given stay as they are."""
+    load_tables(model, {name.removeprefix("tables."): value for name, value in whole.items()})
+    for name, tensor in _dense_state(optimizers).items():
+        if name in whole:
+            tensor.copy_(whole[name])
+
+
+def _state(model: "DistributedModelParallel", optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    tables = {f"tables.{name}": value for name, value in table_state(model).items()}
+    return tables | _dense_state(optimizers)
+
+
+def _dense_state(optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """Return the dense parameters and AdamW's moments, which exist from before the first step (as zeros)."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in optimizers.dense_parameters.items():
+        state[f"dense.{name}"] = parameter.detach()
+        moments = optimizers.dense.state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros(())
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        for field in ADAM_FIELDS:
+            state[f"dense_optimizer.{name}.{field}"] = moments[field]
+    return state
+
+
+class _quiet(warnings.catch_warnings):
+    """torchrec 1.8 shards with ShardedTensor, which torch 2.13 deprecates on every access."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore", FutureWarning)

@@ -1,0 +1,213 @@
+"""The two-stage model: retrieval by uᵀAv, then a multi-task ranker, over shared rows.
+
+In:  a `Batch` and the table rows it lists.  Out: losses; and, piece by piece, the vectors and scores that serve.
+Knows nothing of tables, sharding or ids: rows arrive as tensors, from TorchRec in training, from memory in serving.
+
+    item_ND  = row + project(text)                   a new item has row 0: its text speaks for it
+    user_BLD = A·history(item vectors, kinds, values, gaps) + user row
+    retrieval loss: softmax over target and sampled negatives, logits corrected by −log Q
+                    (Yi et al., RecSys 2019, eq. 5)
+    ranking loss:   over the target, the hardest and some random negatives, one term a head
+
+Shapes: B sequences, L positions, D dimension, N distinct items, S negatives, E encoder dimension, P positions with a
+target, R of them that train the ranker, C candidates a position.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cluster.errors import ConfigError
+from cluster.events import KINDS
+from embeddings.batch import PAD, Batch
+from training.models.history import (
+    HistoryEncoder,
+    InteractionEmbedding,
+    LSTMEncoder,
+    PoolEncoder,
+    TransformerEncoder,
+)
+from training.models.ranker import CLICK, INTERACTIONS, RATING, Ranker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of the dense part."""
+
+    history: str = "transformer"
+    """History encoder: pool, lstm or transformer."""
+    max_history: int = 100
+    """Interactions the encoder looks back on."""
+    layers: int = 2
+    heads: int = 2
+    """Attention heads of the transformer."""
+    dropout: float = 0.2
+    user_row_dropout: float = 0.5
+    """Share of users whose row is hidden in a step, so that users without one are served as well."""
+    interaction: str = "mlp"
+    """Interaction of the ranker: mlp, dcn or bilinear."""
+    ranker_hidden: int = 64
+    rating_weight: float = 0.0
+    """Stars to add to the click logit when ordering a slate; 0 orders by click alone."""
+    candidates: int = 200
+    """Items retrieved for the ranker."""
+
+    def __post_init__(self) -> None:
+        if self.history not in ("pool", "lstm", "transformer"):
+            raise ConfigError(f"model.history={self.history!r}: is none of pool, lstm, transformer")
+        if self.interaction not in INTERACTIONS:
+            raise ConfigError(f"model.interaction={self.interaction!r}: is none of {', '.join(INTERACTIONS)}")
+        for name in ("max_history", "layers", "heads", "ranker_hidden", "candidates"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("dropout", "user_row_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be in [0, 1)")
+
+
+class Losses(NamedTuple):
+    """Of one batch; scalars, differentiable where noted."""
+
+    total: torch.Tensor
+    """What the step descends."""
+    retrieval: torch.Tensor
+    click: torch.Tensor
+    rating: torch.Tensor
+
+
+TEXT_SCALE = 4.0
+"""Makes the projection of a unit-length text vector learn four times as fast as the other dense weights."""
+RANKED_POSITIONS = 128
+RANKED_DRAWS = 128
+
+
+class TwoStage(nn.Module):
+    """Everything of the model but its tables."""
+
+    def __init__(self, config: ModelConfig, dim: int, text_dim: int) -> None:
+        super().__init__()
+        if config.history == "transformer" and dim % config.heads:
+            raise ConfigError(f"model.heads={config.heads}: must divide tables.dim={dim}")
+        self.config = config
+        self.project = nn.Linear(text_dim, dim, bias=False)
+        nn.init.normal_(self.project.weight, std=0.01)
+        self.interaction = InteractionEmbedding(dim, config.max_history, len(KINDS), config.dropout)
+        self.history = build_history_encoder(config, dim)
+        self.bilinear = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.bilinear.weight)
+        self.ranker = Ranker(dim, config.ranker_hidden, config.interaction, config.dropout)
+
+    def item_vectors(self, row_ND: torch.Tensor, text_NE: torch.Tensor) -> torch.Tensor:
+        """Return item vectors, [N, D]."""
+        return row_ND + TEXT_SCALE * self.project(text_NE)
+
+    def user_vectors(
+        self,
+        item_BLD: torch.Tensor,
+        kind_BL: torch.Tensor,
+        value_BL: torch.Tensor,
+        ts_BL: torch.Tensor,
+        present_BL: torch.Tensor,
+        user_row_BD: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the user vector after each interaction, [B, L, D]."""
+        inputs_BLD = self.interaction(item_BLD, kind_BL, value_BL, ts_BL, present_BL)
+        return self.bilinear(self.history(inputs_BLD, present_BL)) + user_row_BD.unsqueeze(1)
+
+    def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
+        """Return the ranker's ordering score of K candidates for each of the leading user dimensions, […, K]."""
+        score_K = (item_KD @ user_D.unsqueeze(-1)).squeeze(-1)
+        heads = self.ranker(user_D.unsqueeze(-2).expand_as(item_KD), item_KD, score_K)
+        return heads[CLICK] + self.config.rating_weight * heads[RATING]
+
+    def forward(self, batch: Batch, row_ND: torch.Tensor, user_row_BD: torch.Tensor) -> Losses:
+        item_ND = self.item_vectors(row_ND, batch.text_NE)
+        user_BLD = self.user_vectors(
+            item_ND[batch.history_BL],
+            batch.kind_BL,
+            batch.value_BL,
+            batch.ts_BL,
+            batch.present_BL,
+            self._visible(user_row_BD, batch.has_user_B),
+        )
+        learned_BL = batch.target_BL != PAD
+        user_PD, target_P = user_BLD[learned_BL], batch.target_BL[learned_BL]
+        retrieval, score_PS = self._retrieval_loss(user_PD, target_P, item_ND, batch)
+        some_R = torch.randperm(len(target_P), device=target_P.device)[:RANKED_POSITIONS]
+        click, rating = self._ranking_losses(
+            user_PD.detach()[some_R],
+            target_P[some_R],
+            batch.target_rating_BL[learned_BL][some_R],
+            score_PS.detach()[some_R],
+            item_ND.detach(),
+            batch,
+        )
+        return Losses(total=retrieval + click + rating, retrieval=retrieval, click=click, rating=rating)
+
+    def _visible(self, user_row_BD: torch.Tensor, has_user_B: torch.Tensor) -> torch.Tensor:
+        shown_B = has_user_B.to(user_row_BD.dtype)
+        if self.training:
+            shown_B = shown_B * (torch.rand_like(shown_B) >= self.config.user_row_dropout)
+        return user_row_BD * shown_B.unsqueeze(-1)
+
+    def _retrieval_loss(
+        self, user_PD: torch.Tensor, target_P: torch.Tensor, item_ND: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean loss and the draws' plain scores [P, S], −inf where a draw is the target itself."""
+        score_P = (user_PD * item_ND[target_P]).sum(-1)
+        hit_PS = batch.negative_S.unsqueeze(0) == target_P.unsqueeze(1)
+        score_PS = (user_PD @ item_ND[batch.negative_S].T).masked_fill(hit_PS, float("-inf"))
+        logit_PC = torch.cat(
+            [(score_P - batch.log_q_N[target_P]).unsqueeze(1), score_PS - batch.log_q_N[batch.negative_S]], dim=1
+        )
+        # The positive is candidate 0. A batch with nothing to learn has loss 0, not NaN.
+        loss = functional.cross_entropy(logit_PC, torch.zeros_like(target_P), reduction="sum")
+        return loss / max(len(target_P), 1), score_PS
+
+    def _ranking_losses(
+        self,
+        user_RD: torch.Tensor,
+        target_R: torch.Tensor,
+        rating_R: torch.Tensor,
+        score_RS: torch.Tensor,
+        item_ND: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the click and rating losses. The towers' vectors come detached: this gradient would spoil retrieval.
+
+        Click is noise-contrastive estimation (Gutmann & Hyvärinen, AISTATS 2010): a true pair against C draws from Q
+        has logit log p − log(C·Q), where log p is the retrieval score less its log-partition, estimated from all draws.
+        Keeping only the hardest draws instead would lift everything that is never among them.
+        """
+        log_z_R1 = (score_RS - batch.log_q_N[batch.negative_S]).logsumexp(1, keepdim=True) - math.log(score_RS.shape[1])
+        drawn_C = batch.negative_S[:RANKED_DRAWS]
+        candidate_RC = torch.cat([target_R.unsqueeze(1), drawn_C.expand(len(target_R), -1)], dim=1)
+        user_RCD = user_RD.unsqueeze(1).expand(-1, candidate_RC.shape[1], -1)
+        item_RCD = item_ND[candidate_RC]
+        heads = self.ranker(user_RCD, item_RCD, (user_RCD * item_RCD).sum(-1) - log_z_R1)
+
+        logit_RC = heads[CLICK] - batch.log_q_N[candidate_RC] - math.log(len(drawn_C))
+        chosen_RC = torch.zeros_like(logit_RC)
+        chosen_RC[:, 0] = 1.0
+        counted_RC = torch.ones_like(logit_RC)
+        counted_RC[:, 1:] = (candidate_RC[:, 1:] != candidate_RC[:, :1]).to(logit_RC.dtype)
+        click = functional.binary_cross_entropy_with_logits(
+            logit_RC, chosen_RC, weight=counted_RC, reduction="sum"
+        ) / max(len(target_R), 1)
+
+        rated_R = rating_R.isfinite()
+        error_R = (heads[RATING][:, 0] - rating_R.nan_to_num())[rated_R]
+        return click, error_R.square().sum() / rated_R.sum().clamp(min=1)
+
+
+def build_history_encoder(config: ModelConfig, dim: int) -> HistoryEncoder:
+    """Return the history encoder that the recipe names."""
+    if config.history == "pool":
+        return PoolEncoder(dim)
+    if config.history == "lstm":
+        return LSTMEncoder(dim, config.layers, config.dropout)
+    return TransformerEncoder(dim, config.layers, config.heads, config.dropout)

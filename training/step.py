@@ -1,0 +1,79 @@
+"""One train step, the same for batch training, online training and benchmarks.
+
+In:  a sharded recommender, a batch, the optimisers.  Out: the batch's losses; rows and dense weights are updated.
+Knows nothing of epochs, events or files.
+
+Table rows are updated inside backward by TorchRec's fused row-wise Adagrad, dense weights by AdamW here.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cluster.errors import ConfigError
+from embeddings.batch import Batch
+from training.models.two_stage import Losses
+
+if TYPE_CHECKING:
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepConfig:
+    """What one step does beside the model."""
+
+    learning_rate: float
+    """Of AdamW on the dense weights."""
+    weight_decay: float
+    clip_norm: float
+    """Largest norm of the dense gradient."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0")
+        if self.clip_norm <= 0:
+            raise ConfigError(f"clip_norm={self.clip_norm}: must be above 0")
+
+
+class Optimizers:
+    """The fused optimiser of the tables and AdamW of the dense part, under one learning-rate factor."""
+
+    def __init__(self, model: "DistributedModelParallel", config: StepConfig) -> None:
+        self.fused = model.fused_optimizer
+        self.dense_parameters = dict(dense_parameters(model))
+        self.dense = torch.optim.AdamW(
+            self.dense_parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.clip_norm = config.clip_norm
+        self._base_rates = [group["lr"] for group in self._groups()]
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set every learning rate to `factor` times the recipe's, from the next backward on."""
+        for group, base in zip(self._groups(), self._base_rates, strict=True):
+            group["lr"] = base * factor
+        self.fused.step()  # hands the rate to the kernel; rows move in backward only
+
+    def _groups(self) -> list[dict[str, float]]:
+        return [*self.fused.param_groups, *self.dense.param_groups]
+
+
+def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the replicated parameters by their name within the two-stage model."""
+    return [
+        (name.split("dense.", 1)[1], parameter)
+        for name, parameter in model.named_parameters()
+        if "dense." in name and parameter.requires_grad
+    ]
+
+
+def train_step(model: nn.Module, batch: Batch, optimizers: Optimizers) -> Losses:
+    """Collective. Learn one batch and return its losses, detached."""
+    optimizers.dense.zero_grad()
+    losses: Losses = model(batch)
+    # Rows are updated in here; DDP averages the dense gradient over the workers (collective).
+    losses.total.backward()
+    nn.utils.clip_grad_norm_(optimizers.dense_parameters.values(), optimizers.clip_norm)
+    optimizers.dense.step()
+    return Losses(*(loss.detach() for loss in losses))

@@ -1,0 +1,184 @@
+"""Batch training on Ray Train: sharded tables, a checkpoint an epoch, early stopping.
+
+In:  a dataset and a recipe.  Out: a run folder: the best checkpoint, metrics.jsonl, TensorBoard scalars, run.json.
+Knows nothing of versions or serving.
+
+    train_on_ray  (driver)   encode item text, write the job's inputs, start N workers, show progress
+    train_worker  (each)     training/worker.py: for epoch: for batch: train_step; validate; report a checkpoint
+
+The run folder must be on storage that all workers share.
+"""
+
+import argparse
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.config import EngineConfig, Recipe, load_recipe
+from cluster.dataset import Dataset, load_dataset
+from cluster.errors import ConfigError, DataError, EngineError
+from cluster.home import Home
+from cluster.progress import progress
+from cluster.ray_session import ray_session
+from embeddings.text_encoder import EncoderConfig, TextEncoder
+from training.step import StepConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast to train."""
+
+    workers: int = 2
+    epochs: int = 20
+    patience: int = 3
+    """Epochs without a better validation NDCG@10 before training stops."""
+    final_epochs: int = 2
+    """Epochs after that over all interactions, the validation ones included."""
+    learning_rate: float = 0.002
+    """Of AdamW on the dense weights."""
+    weight_decay: float = 0.0
+    clip_norm: float = 5.0
+    warmup_steps: int = 50
+    final_rate: float = 0.1
+    """Share of the learning rates left at the last epoch, reached along a cosine, and kept for the final epochs."""
+    max_failures: int = 1
+    """Worker failures after which Ray Train still starts again from the latest checkpoint."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("final_epochs", "warmup_steps", "max_failures", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 < self.final_rate <= 1:
+            raise ConfigError(f"train.final_rate={self.final_rate}: must be in (0, 1]")
+
+    def step(self) -> StepConfig:
+        """Return the settings of one train step."""
+        return StepConfig(
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRun:
+    """What a finished run leaves behind; written as run.json in its folder."""
+
+    folder: str
+    dataset: str
+    checkpoint: str
+    """Folder of the last checkpoint: best epoch, then the final pass."""
+    encoder_fingerprint: str
+    metrics: dict[str, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainedRun":
+        """Raises `DataError` when the folder holds no finished run."""
+        try:
+            return cls(**json.loads((folder / RUN_FILE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{folder}: holds no finished training run ({error}); `recloop train` makes one") from error
+
+
+RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.toml"
+TEXT_FILE = "text.npy"
+METRICS_FILE = "metrics.jsonl"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
+    """Train on a dataset: the `recloop train` command."""
+    overrides = [f"train.{key}={value}" for key in ("workers", "epochs") if (value := getattr(args, key)) is not None]
+    recipe = load_recipe(args.recipe, [*args.set, *overrides])
+    dataset, home = load_dataset(args.data), Home(Path(args.home)).ensure()
+    engine = recipe.section(EngineConfig)
+    with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
+        return asdict(train_on_ray(recipe, dataset, home))
+
+
+def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
+    """Train within an open Ray session. Raises `EngineError` when the workers failed for good."""
+    folder = home.runs / time.strftime("train-%Y%m%d-%H%M%S", time.gmtime())
+    folder.mkdir(parents=True)
+    (folder / RECIPE_FILE).write_text(recipe.to_toml())
+    encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
+    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    result = _fit(recipe, dataset, folder)
+    trained = TrainedRun(
+        folder=str(folder),
+        dataset=str(Path(dataset.path).resolve()),
+        checkpoint=result.checkpoint.path,
+        encoder_fingerprint=encoder.fingerprint,
+        metrics=result.metrics,
+    )
+    (folder / RUN_FILE).write_text(json.dumps(asdict(trained), indent=1))
+    return trained
+
+
+def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
+    """Return the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`."""
+    texts = dataset.items()["text"].to_pylist()
+    with progress(len(texts), "encoding item text", unit="text") as bar:
+        return encoder.encode(texts, on_progress=bar.update)
+
+
+def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> Any:  # Any: ray.train.Result, imported late
+    import torch
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from training.worker import train_worker
+
+    config = recipe.section(TrainConfig)
+    cuda = torch.cuda.is_available()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"recipe": recipe.to_toml(), "dataset": str(dataset.path), "folder": str(folder)},
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=cuda, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder.resolve()),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    with _EpochBar(folder / METRICS_FILE, config.epochs + config.final_epochs):
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise EngineError(f"training failed: {error}") from error
+
+
+class _EpochBar:
+    """A progress bar that follows the run's metrics file while the driver waits for Ray Train."""
+
+    def __init__(self, path: Path, epochs: int) -> None:
+        self._path = path
+        self._bar = progress(epochs, "training", unit="epoch")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="epoch-bar", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._ended.wait(0.5):
+            lines = self._path.read_text().splitlines() if self._path.exists() else []
+            if len(lines) > self._bar.n:
+                latest = json.loads(lines[-1])
+                self._bar.set_postfix({name: f"{latest[name]:.4f}" for name in ("loss_total",) if name in latest})
+                self._bar.update(len(lines) - self._bar.n)

@@ -1,0 +1,207 @@
+"""What every Ray Train worker runs: epochs of train steps, validation, checkpoints.
+
+In:  the job: a recipe, a dataset folder, a run folder.  Out: checkpoints and metrics, reported to Ray Train.
+Knows nothing of the driver. Ray has set up the process group; torchrec is imported here, not on the driver.
+
+    fit     epochs over the training interactions until validation NDCG@10 stops rising
+    final   the best epoch's state back, then a few epochs over the validation interactions as well
+"""
+
+import json
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from cluster.config import Recipe
+from cluster.dataset import load_dataset
+from embeddings.tables import ITEM, USER, TablesConfig, gather_tables
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.evaluation.metrics import hit_at_k, ndcg_at_k
+from training.evaluation.next_item import Catalogue, later_targets, rank_next_items
+from training.inputs import TrainingInputs, load_inputs
+from training.models.recommender import build_recommender, dense_part
+from training.models.two_stage import Losses, ModelConfig
+from training.step import Optimizers, train_step
+from training.stream import DataConfig, count_batches, stream_batches
+from training.trainer import METRICS_FILE, TEXT_FILE, TrainConfig
+
+if TYPE_CHECKING:
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+
+PROGRESS_FILE = "progress.json"
+BEST_FOLDER = "best"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the run is; saved with every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = -1
+    best_hit_at_10: float = 0.0
+    best_ndcg_at_10: float = -1.0
+    final_epochs: int = 0
+    """Final epochs already done."""
+
+    def is_final(self, config: TrainConfig) -> bool:
+        """Whether the fit is over: out of epochs or out of patience."""
+        return self.epoch >= config.epochs or self.epoch - self.best_epoch > config.patience
+
+
+def train_worker(job: dict[str, str]) -> None:
+    """Collective. Train this worker's share of the job to its end."""
+    recipe, folder = Recipe.from_toml(job["recipe"]), Path(job["folder"])
+    config, data, tables = recipe.section(TrainConfig), recipe.section(DataConfig), recipe.section(TablesConfig)
+    inputs = load_inputs(load_dataset(job["dataset"]), data, tables, folder / TEXT_FILE)
+    model = build_recommender(
+        tables,
+        recipe.section(ModelConfig),
+        inputs.items,
+        inputs.users,
+        text_dim=inputs.text.shape[1],
+        device=get_device(),
+        seed=config.seed,
+    )
+    optimizers = Optimizers(model, config.step())
+    progress = resume(model, optimizers)
+    with Scalars(folder) as scalars:
+        while not progress.is_final(config):
+            metrics = train_epoch(model, optimizers, inputs, recipe, progress) | validate(model, inputs)
+            if metrics["ndcg_at_10"] > progress.best_ndcg_at_10:
+                progress.best_epoch = progress.epoch
+                progress.best_hit_at_10, progress.best_ndcg_at_10 = metrics["hit_at_10"], metrics["ndcg_at_10"]
+                save_checkpoint(model, optimizers, folder / BEST_FOLDER)
+            progress.epoch += 1
+            scalars.write(metrics, progress)
+            report(metrics, model, optimizers, progress)
+        if progress.final_epochs == 0:
+            load_checkpoint(model, optimizers, folder / BEST_FOLDER)
+        while progress.final_epochs < config.final_epochs:
+            metrics = train_epoch(model, optimizers, inputs, recipe, progress)
+            progress.final_epochs += 1
+            scalars.write(metrics, progress)
+            report(metrics, model, optimizers, progress)
+        if config.final_epochs == 0:
+            report({}, model, optimizers, progress)
+
+
+def train_epoch(
+    model: "DistributedModelParallel",
+    optimizers: Optimizers,
+    inputs: TrainingInputs,
+    recipe: Recipe,
+    progress: Progress,
+) -> dict[str, float]:
+    """Collective. Train one epoch and return its mean losses and its duration."""
+    config, data = recipe.section(TrainConfig), recipe.section(DataConfig)
+    max_history = recipe.section(ModelConfig).max_history
+    final = progress.is_final(config)
+    device = get_device()
+    total_steps = config.epochs * count_batches(inputs.train, data, max_history)
+    started_s = time.monotonic()
+    losses = []
+    model.train()
+    for batch in stream_batches(
+        inputs.full if final else inputs.train,
+        inputs.text,
+        inputs.sampler,
+        data,
+        max_history=max_history,
+        seed=config.seed,
+        epoch=progress.epoch + progress.final_epochs,
+        rank=dist.get_rank(),
+        workers=dist.get_world_size(),
+    ):
+        rate = config.final_rate if final else learning_rate(progress.step, total_steps, config)
+        optimizers.scale_learning_rate(rate)
+        losses.append(torch.stack(train_step(model, batch.to(device), optimizers)))
+        progress.step += 1
+    means = torch.stack(losses).mean(0)
+    dist.all_reduce(means)  # collective
+    named = zip(Losses._fields, (means / dist.get_world_size()).tolist(), strict=True)
+    return {f"loss_{name}": value for name, value in named} | {"epoch_s": time.monotonic() - started_s}
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the share of the learning rates at a step: linear warm-up, then a cosine down to `final_rate`."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+    return warm * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+def validate(model: "DistributedModelParallel", inputs: TrainingInputs) -> dict[str, float]:
+    """Collective. Return Hit@10 and NDCG@10 over the validation interactions, each worker ranking its share."""
+    dense = dense_part(model)
+    device = next(dense.parameters()).device
+    whole = gather_tables(model, [ITEM, USER])
+    with torch.inference_mode():
+        rows_ID, text_IE = whole[ITEM][: len(inputs.items)], torch.tensor(inputs.text)
+        item_ID = dense.eval().item_vectors(rows_ID.to(device), text_IE.to(device))
+    catalogue = Catalogue(item_ID=item_ID, user_UD=whole[USER].to(device))
+    targets = later_targets(inputs.full, inputs.validation_from)
+    ranks = rank_next_items(dense, catalogue, inputs.full, targets[dist.get_rank() :: dist.get_world_size()])
+    sums = torch.tensor([hit_at_k(ranks, 10).sum(), ndcg_at_k(ranks, 10).sum(), len(ranks)], device=device)
+    dist.all_reduce(sums)  # collective
+    hits, gain, count = sums.tolist()
+    return {"hit_at_10": hits / max(count, 1), "ndcg_at_10": gain / max(count, 1)}
+
+
+def resume(model: "DistributedModelParallel", optimizers: Optimizers) -> Progress:
+    """Collective. Load the latest checkpoint after a worker failure; a new run starts at the beginning."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Progress()
+    with checkpoint.as_directory() as folder:
+        load_checkpoint(model, optimizers, Path(folder))
+        return Progress(**json.loads((Path(folder) / PROGRESS_FILE).read_text()))
+
+
+def report(
+    metrics: dict[str, float], model: "DistributedModelParallel", optimizers: Optimizers, progress: Progress
+) -> None:
+    """Collective. Hand this worker's part of a checkpoint to Ray Train."""
+    best = {"hit_at_10": progress.best_hit_at_10, "ndcg_at_10": progress.best_ndcg_at_10}
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(model, optimizers, Path(folder))
+        if dist.get_rank() == 0:
+            (Path(folder) / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
+        ray.train.report(
+            metrics | {f"best_{name}": value for name, value in best.items()} | {"best_epoch": progress.best_epoch},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+        )
+
+
+class Scalars:
+    """Rank 0's record of the run: TensorBoard and one JSON line an epoch; silent on the other ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lines = folder / METRICS_FILE
+        self._board = SummaryWriter(str(folder / "tensorboard")) if dist.get_rank() == 0 else None
+
+    def __enter__(self) -> "Scalars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, metrics: dict[str, float], progress: Progress) -> None:
+        """Record one epoch."""
+        if self._board is None:
+            return
+        done = progress.epoch + progress.final_epochs
+        for name, value in metrics.items():
+            self._board.add_scalar(f"train/{name}", value, done)
+        self._board.flush()
+        with self._lines.open("a") as lines:
+            lines.write(json.dumps({"epoch": done} | metrics) + "\n")
