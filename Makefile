@@ -35,7 +35,7 @@ check: $(STAMP)  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
 	$(BIN)/ruff check --quiet .
 	$(BIN)/pyright --warnings
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 clean:  ## remove .venv and what tools left behind; recloop-home stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache *.egg-info
