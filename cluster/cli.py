@@ -8,6 +8,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception outside our error tree is a defect and passes through."""
     args = build_parser().parse_args(argv)
+    # A shell script starts `recloop … &` with SIGINT ignored, and what Ray starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _prepare(args)
         result = _load_command(args.target)(args)

@@ -158,11 +158,16 @@ def test_status_shows_what_is_published_and_logged(home: Path, capsys: pytest.Ca
     assert (status["current"], status["versions"], status["logged_seq"]) == ("1.0", 1, 1)
 
 
-def test_following_events_ends_with_130_on_ctrl_c(home: Path) -> None:
+def ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_following_events_ends_with_130_on_sigint_even_as_a_scripts_background_job(home: Path) -> None:
     with EventLog(home / "events" / "events.db") as log:
         log.append([Event(user_id="u", item_id="i", kind="click", ts_us=1)])
     command = [sys.executable, "-m", "cluster", "events", "--follow"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=ignore_sigint) as program:
         assert program.stdout is not None
         assert json.loads(program.stdout.readline())["item_id"] == "i"
         program.send_signal(signal.SIGINT)
