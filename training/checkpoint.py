@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cluster.errors import DataError
-from embeddings.tables import gather_tables, load_tables, table_state
+from embeddings.tables import load_tables, table_state
 from training.step import Optimizers
 
 if TYPE_CHECKING:
@@ -53,27 +53,21 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return whole
 
 
-def gather_state(model: "DistributedModelParallel", optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """Collective. Return copies of all tensors whole, under the names that a checkpoint has."""
-    tables = {f"tables.{name}": whole for name, whole in gather_tables(model, list(table_state(model))).items()}
-    return tables | {name: tensor.detach().cpu().clone() for name, tensor in _dense_state(optimizers).items()}
-
-
 @torch.no_grad()
 def load_state(model: "DistributedModelParallel", optimizers: Optimizers, whole: dict[str, torch.Tensor]) -> None:
     """Copy whole tensors into a sharded model and its optimisers; names not given stay as they are."""
     load_tables(model, {name.removeprefix("tables."): value for name, value in whole.items()})
-    for name, tensor in _dense_state(optimizers).items():
+    for name, tensor in dense_state(optimizers).items():
         if name in whole:
             tensor.copy_(whole[name])
 
 
 def _state(model: "DistributedModelParallel", optimizers: Optimizers) -> dict[str, torch.Tensor]:
     tables = {f"tables.{name}": value for name, value in table_state(model).items()}
-    return tables | _dense_state(optimizers)
+    return tables | dense_state(optimizers)
 
 
-def _dense_state(optimizers: Optimizers) -> dict[str, torch.Tensor]:
+def dense_state(optimizers: Optimizers) -> dict[str, torch.Tensor]:
     """Return the dense parameters and AdamW's moments, which exist from before the first step (as zeros)."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in optimizers.dense_parameters.items():

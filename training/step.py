@@ -41,6 +41,7 @@ class Optimizers:
     """The fused optimiser of the tables and AdamW of the dense part, under one learning-rate factor."""
 
     def __init__(self, model: "DistributedModelParallel", config: StepConfig) -> None:
+        """Start from the tables' own learning rate and the one of `config` for the dense part."""
         self.fused = model.fused_optimizer
         self.dense_parameters = dict(dense_parameters(model))
         self.dense = torch.optim.AdamW(
@@ -54,6 +55,12 @@ class Optimizers:
         for group, base in zip(self._groups(), self._base_rates, strict=True):
             group["lr"] = base * factor
         self.fused.step()  # hands the rate to the kernel; rows move in backward only
+
+    def scale_table_rate(self, factor: float) -> None:
+        """Set the tables' learning rate alone to `factor` times the recipe's."""
+        for group in self.fused.param_groups:
+            group["lr"] *= factor
+        self.fused.step()
 
     def _groups(self) -> list[dict[str, float]]:
         return [*self.fused.param_groups, *self.dense.param_groups]

@@ -1,0 +1,208 @@
+"""A version taken up for further training: sharded model, vocabularies that grow, and what changed since the last delta.
+
+In:  a `VersionState`.  Out: a `Change` for the next delta; a `VersionState` for the next version.
+Knows nothing of events, of the log or of when to publish. Needs a process group of one worker.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from embeddings.batch import Batch, Sequences
+from embeddings.tables import ITEM, USER, TablesConfig, local_shards
+from embeddings.vocabulary import UNKNOWN_ROW, Vocabulary
+from training.checkpoint import dense_state, load_state
+from training.models.recommender import build_recommender, dense_part
+from training.models.two_stage import Losses, ModelConfig, TwoStage
+from training.models.version import (
+    COUNT_ROWS,
+    ITEM_ROWS,
+    TEXT_ROWS,
+    USER_ROWS,
+    Change,
+    VersionState,
+    grow_rows,
+)
+from training.step import Optimizers, StepConfig, train_step
+
+
+class LiveModel:
+    """The version's model in training, with the frozen weights it started from beside it."""
+
+    def __init__(self, state: VersionState, step: StepConfig, table_rate: float, device: torch.device, seed: int) -> None:
+        """Load weights and optimiser; the tables learn at `table_rate` of their batch rate."""
+        tables = state.recipe.section(TablesConfig)
+        self.device = device
+        self.items = Vocabulary(state.item_ids, len(state.item_ids) + tables.spare_rows)
+        self.users = Vocabulary(state.user_ids, len(state.user_ids) + tables.spare_rows)
+        self.item_texts = list(state.item_texts)
+        self.text = grow_rows(state.rows[TEXT_ROWS], self.items.capacity).numpy()
+        self.counts = grow_rows(state.rows[COUNT_ROWS], self.items.capacity).numpy()
+        self.model = build_recommender(
+            tables,
+            state.recipe.section(ModelConfig),
+            self.items,
+            self.users,
+            text_dim=self.text.shape[1],
+            device=device,
+            seed=seed,
+        )
+        self.optimizers = Optimizers(self.model, step)
+        load_state(self.model, self.optimizers, checkpoint_names(state))
+        self.optimizers.scale_table_rate(table_rate)
+        self.dense = dense_part(self.model)
+        self._rows = {name: parts[0][1] for name, parts in local_shards(self.model).items()}
+        self._base = _build_dense(state, device)
+        self._base_rows = {
+            ITEM: grow_rows(state.rows[ITEM_ROWS], self.items.capacity).to(device),
+            USER: grow_rows(state.rows[USER_ROWS], self.users.capacity).to(device),
+        }
+        self.mark_published()
+
+    def mark_published(self) -> None:
+        """Count changes from here on."""
+        self._published_items, self._published_users = len(self.items), len(self.users)
+        self._touched_items: set[int] = set()
+        self._touched_users: set[int] = set()
+        self._described: set[int] = set()
+
+    def describe(self, item_id: str, text: str, vector: np.ndarray) -> None:
+        """Set an item's text and vector, giving it a row on first sight; ignored when the table is full."""
+        row = self.items.assign(item_id)
+        if row == UNKNOWN_ROW:
+            return
+        self.item_texts[row : row + 1] = [text]
+        self.text[row] = vector
+        self._touched_items.add(row)
+        self._described.add(row)
+
+    def count(self, item_id: str, user_id: str) -> None:
+        """Note one interaction, giving item and user rows on first sight while the tables have room."""
+        item_row, user_row = self.items.assign(item_id), self.users.assign(user_id)
+        if item_row != UNKNOWN_ROW:
+            if item_row == len(self.item_texts):
+                self.item_texts.append("")
+            self.counts[item_row] += 1
+            self._touched_items.add(item_row)
+        if user_row != UNKNOWN_ROW:
+            self._touched_users.add(user_row)
+
+    def learn(self, batch: Batch) -> Losses:
+        """Take one train step."""
+        self.model.train()
+        losses = train_step(self.model, batch.to(self.device), self.optimizers)
+        self._touched_items.update(batch.item_rows_N.tolist())
+        self._touched_users.update(batch.user_row_B[batch.has_user_B].tolist())
+        return losses
+
+    @torch.inference_mode()
+    def predict(self, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+        """Return the log loss of each target under the present weights and under those it started from."""
+        text_IE = torch.from_numpy(self.text[: len(self.items)]).to(self.device)
+        return (
+            _target_losses(self.dense.eval(), self._rows, text_IE, sequences),
+            _target_losses(self._base, self._base_rows, text_IE, sequences),
+        )
+
+    @torch.no_grad()
+    def change(self) -> Change:
+        """Return everything that changed since the last delta."""
+        new_items, new_users = range(self._published_items, len(self.items)), range(self._published_users, len(self.users))
+        items = torch.tensor(sorted(self._touched_items.union(new_items)), dtype=torch.int64)
+        users = torch.tensor(sorted(self._touched_users.union(new_users)), dtype=torch.int64)
+        described = torch.tensor(sorted(self._described.union(new_items)), dtype=torch.int64)
+        rows = {name: tensor.cpu() for name, tensor in self._rows.items()}
+        dense, moments = self._dense_and_moments()
+        return Change(
+            new_items=[(self.items.ids[row], self.item_texts[row]) for row in new_items],
+            new_users=self.users.ids[self._published_users :],
+            rows={
+                ITEM_ROWS: (items, rows[ITEM][items]),
+                USER_ROWS: (users, rows[USER][users]),
+                TEXT_ROWS: (described, torch.from_numpy(self.text)[described]),
+                COUNT_ROWS: (items, torch.from_numpy(self.counts)[items]),
+            },
+            optimizer_rows={
+                f"{ITEM}.momentum": (items, rows[f"{ITEM}.momentum"][items]),
+                f"{USER}.momentum": (users, rows[f"{USER}.momentum"][users]),
+            },
+            dense=dense,
+            optimizer=moments,
+        )
+
+    @torch.no_grad()
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the rows, dense and optimiser tensors of a version whole, as `VersionState` names them."""
+        sizes = {ITEM: len(self.items), USER: len(self.users)}
+        whole = {name: self._rows[name][: sizes[name.split(".")[0]]].cpu().clone() for name in self._rows}
+        dense, moments = self._dense_and_moments()
+        rows = {
+            ITEM_ROWS: whole[ITEM],
+            USER_ROWS: whole[USER],
+            TEXT_ROWS: torch.from_numpy(self.text[: len(self.items)].copy()),
+            COUNT_ROWS: torch.from_numpy(self.counts[: len(self.items)].copy()),
+        }
+        momentum = {name: tensor for name, tensor in whole.items() if name.endswith(".momentum")}
+        return rows, dense, momentum | moments
+
+    def _dense_and_moments(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return split_checkpoint({name: t.detach().cpu().clone() for name, t in dense_state(self.optimizers).items()})[1:]
+
+
+def checkpoint_names(state: VersionState) -> dict[str, torch.Tensor]:
+    """Return a version's tensors under the names that training/checkpoint.py uses."""
+    named = {"tables.item": state.rows[ITEM_ROWS], "tables.user": state.rows[USER_ROWS]}
+    named |= {f"dense.{name}": tensor for name, tensor in state.dense.items()}
+    for name, tensor in state.optimizer.items():
+        named[f"tables.{name}" if name.endswith(".momentum") else f"dense_optimizer.{name}"] = tensor
+    return named
+
+
+def split_checkpoint(
+    named: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split tensors named as in a checkpoint into tables, dense and optimiser, as `VersionState` names them."""
+    tables: dict[str, torch.Tensor] = {}
+    dense: dict[str, torch.Tensor] = {}
+    optimizer: dict[str, torch.Tensor] = {}
+    for name, tensor in named.items():
+        kind, rest = name.split(".", 1)
+        if kind == "tables" and not rest.endswith(".momentum"):
+            tables[rest] = tensor
+        elif kind == "dense":
+            dense[rest] = tensor
+        else:
+            optimizer[rest] = tensor
+    return tables, dense, optimizer
+
+
+def _build_dense(state: VersionState, device: torch.device) -> TwoStage:
+    dense = TwoStage(
+        state.recipe.section(ModelConfig), state.recipe.section(TablesConfig).dim, state.rows[TEXT_ROWS].shape[1]
+    )
+    dense.load_state_dict(dict(state.dense))
+    return dense.to(device).eval()
+
+
+def _target_losses(
+    dense: TwoStage, rows: Mapping[str, torch.Tensor], text_IE: torch.Tensor, sequences: Sequences
+) -> np.ndarray:
+    """Return −log p(target) over the whole catalogue for each target, in row-major order of the sequences."""
+    device = text_IE.device
+    item_ID = dense.item_vectors(rows[ITEM][: len(text_IE)], text_IE)
+    present_BL = torch.from_numpy(sequences.item_row_BL >= 0).to(device)
+    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
+    user_row_BD = rows[USER][user_row_B.clamp(min=0)] * (user_row_B >= 0).unsqueeze(1)
+    user_BLD = dense.user_vectors(
+        item_ID[torch.from_numpy(sequences.item_row_BL).to(device).clamp(min=0)],
+        torch.from_numpy(sequences.kind_BL).to(device),
+        torch.from_numpy(sequences.value_BL).to(device),
+        torch.from_numpy(sequences.ts_BL).to(device),
+        present_BL,
+        user_row_BD,
+    )
+    target_BL = torch.from_numpy(sequences.target_row_BL).to(device)
+    learned_BL = target_BL >= 0
+    log_p_PI = (user_BLD[learned_BL] @ item_ID.T).log_softmax(1)
+    return -log_p_PI.gather(1, target_BL[learned_BL].unsqueeze(1)).squeeze(1).cpu().numpy()

@@ -1,0 +1,190 @@
+"""A version resident in memory, ready to answer.
+
+In:  a user's history and a number.  Out: candidates, retrieved and ranked; neighbours of an item.
+Knows nothing of HTTP, logs or policies. Immutable: a delta or a new item makes another one, and whoever serves swaps
+one reference. Tables are plain tensors here: TorchRec is not needed to answer.
+
+A user without history in the catalogue is shown what is popular. An item put after training has no row yet and is
+placed by its text alone.
+
+Shapes: I items, D dimension, E encoder dimension, L history length, K candidates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.events import KINDS
+from cluster.log import Interaction
+from cluster.registry import Registry, VersionReader, VersionRef
+from embeddings.tables import TablesConfig
+from training.models.two_stage import ModelConfig, TwoStage
+from training.models.version import (
+    COUNT_ROWS,
+    ITEM_ROWS,
+    TEXT_ROWS,
+    USER_ROWS,
+    VersionState,
+    apply_delta,
+    grow_rows,
+    log_popularity,
+    read_version,
+)
+
+_KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Items for a user, best first."""
+
+    item_ids: list[str]
+    scores: np.ndarray
+    """Click logits, or log popularity for a cold start."""
+    cold_start: bool
+    """Whether nothing the user did could be used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One version's answers. Build it with `load`, `with_delta` and `with_items`."""
+
+    state: VersionState
+    dense: TwoStage
+    put: Mapping[str, tuple[str, np.ndarray]]
+    """Items put since: id to text and encoder vector; those without a row come last, in this order."""
+    item_ids: Sequence[str]
+    index_of: dict[str, int]
+    item_ID: torch.Tensor
+    unit_ID: torch.Tensor
+    """Item vectors of length 1, for neighbours."""
+    popularity_I: np.ndarray
+    user_row: dict[str, int]
+
+    @classmethod
+    def load(cls, registry: Registry, ref: VersionRef) -> "ServedModel":
+        """Read and verify a version with its deltas. Raises `CorruptVersionError` or `RegistryError`."""
+        return cls.build(read_version(registry, ref), {})
+
+    @classmethod
+    def build(cls, state: VersionState, put: Mapping[str, tuple[str, np.ndarray]]) -> "ServedModel":
+        """Compute what answering needs from a version's tensors and the items put since."""
+        row_of = {item_id: row for row, item_id in enumerate(state.item_ids)}
+        new_ids = [item_id for item_id in put if item_id not in row_of]
+        item_ids = [*state.item_ids, *new_ids]
+        index_of = row_of | {item_id: len(row_of) + position for position, item_id in enumerate(new_ids)}
+        row_ID, text_IE, count_I = (
+            grow_rows(state.rows[name], len(item_ids)) for name in (ITEM_ROWS, TEXT_ROWS, COUNT_ROWS)
+        )
+        for item_id, (_, vector) in put.items():
+            text_IE[index_of[item_id]] = torch.tensor(vector)
+        dense = TwoStage(
+            state.recipe.section(ModelConfig), state.recipe.section(TablesConfig).dim, text_dim=text_IE.shape[1]
+        )
+        dense.load_state_dict(dict(state.dense))
+        dense.eval().requires_grad_(requires_grad=False)
+        with torch.inference_mode():
+            item_ID = dense.item_vectors(row_ID, text_IE)
+        return cls(
+            state=state,
+            dense=dense,
+            put=put,
+            item_ids=item_ids,
+            index_of=index_of,
+            item_ID=item_ID,
+            unit_ID=torch.nn.functional.normalize(item_ID, dim=1),
+            popularity_I=log_popularity(count_I),
+            user_row={user_id: row for row, user_id in enumerate(state.user_ids)},
+        )
+
+    def with_delta(self, reader: VersionReader) -> "ServedModel":
+        """Return the model after a delta of this version; items put since stay."""
+        return ServedModel.build(apply_delta(self.state, reader), self.put)
+
+    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedModel":
+        """Return the model with these (id, text) items recommendable, or read anew where it knows them."""
+        new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
+        return ServedModel.build(self.state, {**self.put, **new})
+
+    @property
+    def name(self) -> str:
+        """The version with its delta, such as 1.37."""
+        return str(self.state.ref)
+
+    @property
+    def learned_seq(self) -> int:
+        """Newest event of the log that the weights have learned."""
+        return self.state.learned_seq
+
+    @property
+    def max_history(self) -> int:
+        """Interactions it looks back on."""
+        return self.dense.config.max_history
+
+    @property
+    def item_count(self) -> int:
+        """Items it can recommend."""
+        return len(self.item_ids)
+
+    def knows(self, item_id: str) -> bool:
+        """Whether the item can be recommended."""
+        return item_id in self.index_of
+
+    def text_of(self, item_id: str) -> str | None:
+        """Return the item's text, or none for an unknown item."""
+        if item_id in self.put:
+            return self.put[item_id][0]
+        index = self.index_of.get(item_id)
+        return self.state.item_texts[index] if index is not None else None
+
+    def recommend(
+        self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
+    ) -> Candidates:
+        """Return up to `k` items, best first, without those excluded."""
+        known = [entry for entry in history[-self.max_history :] if entry.item_id in self.index_of]
+        excluded = [self.index_of[item_id] for item_id in exclude if item_id in self.index_of]
+        if not known:
+            scores_I = self.popularity_I.copy()
+            scores_I[excluded] = -np.inf
+            best = np.argsort(-scores_I, kind="stable")[:k]
+            return self._candidates(best[np.isfinite(scores_I[best])], scores_I, cold_start=True)
+        with torch.inference_mode():
+            user_D = self.user_vector(user_id, known)
+            score_I = self.item_ID @ user_D
+            score_I[excluded] = float("-inf")
+            wanted = min(max(k, self.dense.config.candidates), len(self.item_ids) - len(excluded))
+            candidate_K = score_I.topk(max(wanted, 0)).indices
+            order_K = self.dense.order(user_D, self.item_ID[candidate_K])
+            best_K = order_K.argsort(descending=True, stable=True)[:k]
+            scores = np.full(len(self.item_ids), -np.inf, np.float32)
+            scores[candidate_K.numpy()] = order_K.numpy()
+        return self._candidates(candidate_K[best_K].numpy(), scores, cold_start=False)
+
+    def user_vector(self, user_id: str, history: Sequence[Interaction]) -> torch.Tensor:
+        """Return the user vector [D] after a history of known items, oldest first."""
+        index_1L = torch.tensor([[self.index_of[entry.item_id] for entry in history]])
+        row = self.user_row.get(user_id)
+        user_D = self.state.rows[USER_ROWS][row] if row is not None else torch.zeros(self.item_ID.shape[1])
+        return self.dense.user_vectors(
+            self.item_ID[index_1L],
+            torch.tensor([[_KIND_INDEX[entry.kind] for entry in history]]),
+            torch.tensor([[float("nan") if entry.value is None else entry.value for entry in history]]),
+            torch.tensor([[entry.ts_us // 1_000_000 for entry in history]]),
+            torch.ones_like(index_1L, dtype=torch.bool),
+            user_D.unsqueeze(0),
+        )[0, -1]
+
+    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
+        """Return the `k` nearest items by cosine, best first. Raises `KeyError` for an unknown item."""
+        index = self.index_of[item_id]
+        cosine_I = (self.unit_ID @ self.unit_ID[index]).numpy().copy()
+        cosine_I[index] = -np.inf
+        best = np.argsort(-cosine_I, kind="stable")[: min(k, len(self.item_ids) - 1)]
+        return [(self.item_ids[i], float(cosine_I[i])) for i in best]
+
+    def _candidates(self, indices: np.ndarray, scores_I: np.ndarray, *, cold_start: bool) -> Candidates:
+        return Candidates(
+            item_ids=[self.item_ids[i] for i in indices], scores=scores_I[indices], cold_start=cold_start
+        )

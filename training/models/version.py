@@ -1,0 +1,175 @@
+"""What a version holds, and how it is laid out in the registry: written by training, read by training and serving.
+
+In:  a registry and a `VersionRef`.  Out: a `VersionState`: whole tensors, vocabularies, recipe, learned offset.
+Knows nothing of how it was learned or how it is served.
+
+    rows.safetensors       item [I, D] · user [U, D] · text [I, E] · count [I]   one row an id, in vocabulary order
+    dense.safetensors      the two-stage model's parameters
+    optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments
+    items.parquet          item_id, text         users.parquet   user_id
+    history.parquet        the interactions it was trained on, EVENT_SCHEMA, for user state and rehearsal
+    recipe.toml            the resolved recipe
+
+A delta has the same files less history and recipe; its row tensors come in pairs, NAME.index and NAME.value, its
+items and users are those that are new and follow the ones before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster.config import Recipe
+from cluster.registry import Registry, VersionReader, VersionRef
+
+ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
+ROW_TENSORS = (ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionState:
+    """A version with its deltas applied. Tensors are not written to after construction."""
+
+    ref: VersionRef
+    recipe: Recipe
+    learned_seq: int
+    """Newest event of the log that it has learned."""
+    item_ids: Sequence[str]
+    item_texts: Sequence[str]
+    user_ids: Sequence[str]
+    rows: Mapping[str, torch.Tensor]
+    """By `ROW_TENSORS`."""
+    dense: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    """Empty where it was not asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a delta changes."""
+
+    new_items: Sequence[tuple[str, str]]
+    """Ids and texts."""
+    new_users: Sequence[str]
+    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    """Row tensor to (index [n], value [n, …])."""
+    optimizer_rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    dense: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+
+
+class Draft(Protocol):
+    """A version or delta being written."""
+
+    def add_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def add_table(self, name: str, table: pa.Table) -> None: ...
+    def add_text(self, file_name: str, text: str) -> None: ...
+
+
+def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
+    """Write all files of a version into a draft."""
+    draft.add_tensors("rows", state.rows)
+    draft.add_tensors("dense", state.dense)
+    draft.add_tensors("optimizer", state.optimizer)
+    draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
+    draft.add_table("users", pa.table({"user_id": pa.array(state.user_ids, pa.string())}))
+    draft.add_table("history", history)
+    draft.add_text("recipe.toml", state.recipe.to_toml())
+
+
+def write_delta(draft: Draft, change: Change) -> None:
+    """Write all files of a delta into a draft."""
+    draft.add_tensors("rows", _pairs(change.rows))
+    draft.add_tensors("dense", change.dense)
+    draft.add_tensors("optimizer", {**change.optimizer, **_pairs(change.optimizer_rows)})
+    draft.add_table("items", _items_table(change.new_items))
+    draft.add_table("users", pa.table({"user_id": pa.array(change.new_users, pa.string())}))
+
+
+def read_version(registry: Registry, ref: VersionRef, *, with_optimizer: bool = False) -> VersionState:
+    """Return the version with its deltas up to `ref`. Raises `CorruptVersionError` or `RegistryError`."""
+    reader = registry.open_version(ref.version)
+    items = reader.table("items")
+    state = VersionState(
+        ref=VersionRef(ref.version),
+        recipe=Recipe.from_toml(reader.text("recipe.toml")),
+        learned_seq=reader.manifest.last_seq,
+        item_ids=items["item_id"].to_pylist(),
+        item_texts=items["text"].to_pylist(),
+        user_ids=reader.table("users")["user_id"].to_pylist(),
+        rows=reader.tensors("rows"),
+        dense=reader.tensors("dense"),
+        optimizer=reader.tensors("optimizer") if with_optimizer else {},
+    )
+    for number in range(1, ref.delta + 1):
+        state = apply_delta(state, registry.open_delta(ref.version, number))
+    return state
+
+
+def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
+    """Return the state after a delta; the state before stays as it is."""
+    items = reader.table("items")
+    dense = reader.tensors("dense")
+    optimizer: Mapping[str, torch.Tensor] = {}
+    if state.optimizer:
+        optimizer = _apply_pairs(state.optimizer, reader.tensors("optimizer"))
+    return replace(
+        state,
+        ref=reader.manifest.ref,
+        learned_seq=reader.manifest.last_seq,
+        item_ids=[*state.item_ids, *items["item_id"].to_pylist()],
+        item_texts=[*state.item_texts, *items["text"].to_pylist()],
+        user_ids=[*state.user_ids, *reader.table("users")["user_id"].to_pylist()],
+        rows=_apply_pairs(state.rows, reader.tensors("rows")),
+        dense=dense,
+        optimizer=optimizer,
+    )
+
+
+def log_popularity(count_I: torch.Tensor) -> np.ndarray:
+    """Return log((count + 1) / total) of each item: what a user nobody knows is shown first."""
+    smoothed = count_I.double() + 1
+    return (smoothed / smoothed.sum()).log().float().numpy()
+
+
+def grow_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Return a copy with zero rows up to `size`."""
+    grown = rows.new_zeros((size, *rows.shape[1:]))
+    grown[: rows.shape[0]] = rows
+    return grown
+
+
+def _items_table(items: Sequence[tuple[str, str]]) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": pa.array([item_id for item_id, _ in items], pa.string()),
+            "text": pa.array([text for _, text in items], pa.string()),
+        }
+    )
+
+
+def _pairs(rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    flat = {}
+    for name, (index, value) in rows.items():
+        flat[f"{name}.index"], flat[f"{name}.value"] = index, value
+    return flat
+
+
+def _apply_pairs(before: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `before` with whole tensors replaced and NAME.index / NAME.value pairs written over a grown copy."""
+    after = dict(before)
+    for name, index in changed.items():
+        if not name.endswith(".index"):
+            if not name.endswith(".value"):
+                after[name] = index
+            continue
+        row_tensor = name.removesuffix(".index")
+        value = changed[f"{row_tensor}.value"]
+        old = before[row_tensor]
+        grown = grow_rows(old, max(old.shape[0], int(index.max()) + 1 if len(index) else 0))
+        grown[index] = value
+        after[row_tensor] = grown
+    return after

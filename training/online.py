@@ -1,0 +1,214 @@
+"""Online training: the batch train step on the event log, published as deltas.
+
+In:  logged events after the last learned one.  Out: deltas of the promoted version, each with the range it covers.
+Knows nothing of HTTP or processes: training/online_actor.py drives it.
+
+    read events ─▶ predict them (progressive validation) ─▶ train_step with some old sequences ─▶ guard ─▶ delta
+
+Weights, optimiser and offset are one delta, published in one step: after a crash learning goes on from the last one,
+so no event is learned twice and none is left out. When the guard objects, the learning since the last delta is undone
+and its range is set aside on record. When someone moved the pointer, learning continues from where it points.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.errors import ConfigError
+from cluster.events import INTERACTION_KINDS
+from cluster.log import EventLog, LoggedEvent
+from cluster.registry import Registry, VersionRef
+from embeddings.batch import PAD, Sequences, build_batch
+from embeddings.text_encoder import TextEncoder
+from embeddings.vocabulary import UNKNOWN_ROW
+from training.guard import GuardConfig, ProgressiveValidation
+from training.live_model import LiveModel
+from training.live_sequences import LiveHistory, build_live_sequences, join_sequences
+from training.models.version import Change, VersionState, read_version, write_delta, write_version
+from training.step import StepConfig
+from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, cut_windows
+
+HISTORY_NAME = "training-history"
+"""Name under which a version's history is seeded into the event log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineConfig:
+    """How the stream is learned."""
+
+    enabled: bool = True
+    learning_rate: float = 0.0005
+    """Of AdamW on the dense weights."""
+    table_rate: float = 0.5
+    """Learning rate of the tables as a share of their batch rate."""
+    clip_norm: float = 1.0
+    max_events: int = 64
+    """Events a step; a step takes what has come, up to so many."""
+    rehearsal_sequences: int = 16
+    """Sequences of the version's own history mixed into a step, against forgetting."""
+    rehearsal_length: int = 50
+    publish_interval_ms: int = 500
+    """Least time between deltas."""
+    poll_interval_ms: int = 50
+    """How often an idle trainer looks for events."""
+    compact_every: int = 500
+    """Deltas after which they are folded into a new version."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("learning_rate", "table_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"online.{name}={getattr(self, name)}: must be above 0")
+        for name in ("max_events", "rehearsal_length", "publish_interval_ms", "poll_interval_ms", "compact_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"online.{name}={getattr(self, name)}: must be at least 1")
+        if self.rehearsal_sequences < 0:
+            raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
+
+
+class OnlineLearner:
+    """The promoted version, learning the log."""
+
+    def __init__(self, registry: Registry, log: EventLog, encoder: TextEncoder, device: torch.device) -> None:
+        """Take up the promoted version. Raises `NoVersionError` or `CorruptVersionError`."""
+        self.registry = registry
+        self.log = log
+        self.encoder = encoder
+        self.device = device
+        self._take_up(registry.current())
+
+    def _take_up(self, ref: VersionRef) -> None:
+        """Make weights, optimiser and offset those of a version."""
+        state = read_version(self.registry, ref, with_optimizer=True)
+        self.ref, self.recipe, self.applied_seq = ref, state.recipe, state.learned_seq
+        self.config, self.data = state.recipe.section(OnlineConfig), state.recipe.section(DataConfig)
+        step = StepConfig(
+            learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm
+        )
+        self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed)
+        self.guard = ProgressiveValidation(state.recipe.section(GuardConfig))
+        self.history_table = self.registry.open_version(ref.version).table("history")
+        self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
+        self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
+        self._item_seq = 0
+        self._start_delta()
+
+    def _start_delta(self) -> None:
+        self.pending_events = 0
+        self._first_seq = self.applied_seq + 1
+        self.live.mark_published()
+
+    def learn(self, events: Sequence[LoggedEvent]) -> None:
+        """Predict and then learn the events that follow the last learned one in the log."""
+        self._describe_put_items()
+        interactions = [logged for logged in events if logged.event.kind in INTERACTION_KINDS]
+        for logged in interactions:
+            self.live.count(logged.event.item_id, logged.event.user_id)
+        histories = self._histories(interactions)
+        if histories:
+            sequences = build_live_sequences(histories, self.live.items)
+            self.guard.record(*self.live.predict(sequences))
+            self._train(sequences)
+        self.applied_seq = events[-1].seq
+        self.pending_events += len(events)
+
+    def publish(self) -> VersionRef | None:
+        """Publish a delta of what was learned since the last, or undo that learning where the guard objects.
+
+        Returns the delta's name, or none when there is nothing to publish or someone moved the pointer meanwhile.
+        """
+        if self.registry.current() != self.ref:
+            self._follow_pointer()
+            return None
+        if not self.pending_events:
+            return None
+        objection = self.guard.objection()
+        if objection is not None:
+            return self._set_aside(objection)
+        metrics = {"events": self.pending_events, "validation": self.guard.metrics()}
+        ref = self._publish_delta(self.live.change(), metrics)
+        if ref.delta >= self.config.compact_every:
+            self._publish_version({"events": 0, "compacted": str(ref)})
+        return ref
+
+    def _publish_delta(self, change: Change, metrics: dict[str, object]) -> VersionRef:
+        draft = self.registry.draft_delta(self.ref.version)
+        write_delta(draft, change)
+        self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
+        self._start_delta()
+        return self.ref
+
+    def _publish_version(self, metrics: dict[str, object]) -> None:
+        """Publish the present state as a version of its own, child of the one it grew from."""
+        rows, dense, optimizer = self.live.tensors()
+        state = VersionState(
+            ref=self.ref,
+            recipe=self.recipe,
+            learned_seq=self.applied_seq,
+            item_ids=self.live.items.ids,
+            item_texts=self.live.item_texts,
+            user_ids=self.live.users.ids,
+            rows=rows,
+            dense=dense,
+            optimizer=optimizer,
+        )
+        draft = self.registry.draft_version()
+        write_version(draft, state, self.history_table)
+        self.ref = draft.publish(offset=self.applied_seq, metrics=metrics, parent=self.ref)
+        self._start_delta()
+
+    def _set_aside(self, objection: str) -> VersionRef:
+        """Undo the learning since the last delta; a delta that changes nothing records the range and the reason."""
+        events, last_seq = self.pending_events, self.applied_seq
+        self._take_up(self.ref)
+        self.applied_seq = last_seq
+        return self._publish_delta(self.live.change(), {"events": events, "set_aside": objection})
+
+    def _follow_pointer(self) -> None:
+        """Take up the version that someone promoted.
+
+        If it has deltas after it, they were rolled back: a new version starts from it, with its offset behind what was
+        rolled back, so that this is not learned again.
+        """
+        current = self.registry.current()
+        rolled_back = self.registry.deltas(current.version, after=current.delta)
+        self._take_up(current)
+        if rolled_back:
+            first_seq, self.applied_seq = self.applied_seq + 1, rolled_back[-1].last_seq
+            self._publish_version({"events": 0, "rolled_back_to": str(current), "set_aside_from_seq": first_seq})
+
+    def _describe_put_items(self) -> None:
+        """Take in the text of items put since the last look."""
+        put = self.log.read_items(self._item_seq, max_items=1_000)
+        for (_, item), vector in zip(put, self.encoder.encode([item.text for _, item in put]), strict=True):
+            self.live.describe(item.item_id, item.text, vector)
+        self._item_seq = put[-1][0] if put else self._item_seq
+
+    def _histories(self, interactions: Sequence[LoggedEvent]) -> list[LiveHistory]:
+        """Return each user's history up to the newest of these interactions, where there is one to predict."""
+        seqs_of: dict[str, list[int]] = {}
+        for logged in interactions:
+            seqs_of.setdefault(logged.event.user_id, []).append(logged.seq)
+        histories = []
+        for user_id, seqs in seqs_of.items():
+            state = self.log.user_state(user_id, self.live.dense.config.max_history + 1, before_seq=seqs[-1] + 1)
+            known = [entry for entry in state.history if self.live.items.row(entry.item_id) != UNKNOWN_ROW]
+            if len(known) > 1 and known[-1].seq >= seqs[0]:
+                histories.append(LiveHistory(self.live.users.row(user_id), known, first_new_seq=seqs[0]))
+        return histories
+
+    def _train(self, sequences: Sequences) -> None:
+        if self.config.rehearsal_sequences:
+            windows = cut_windows(self._rehearsal, self.config.rehearsal_length, self._rng)
+            chosen = np.arange(min(self.config.rehearsal_sequences, len(windows)))
+            if len(chosen):
+                sequences = join_sequences(sequences, build_sequences(self._rehearsal, windows.pick(chosen)))
+        if (sequences.target_row_BL == PAD).all():
+            return
+        known = len(self.live.items)
+        sampler = NegativeSampler(self.live.counts[:known], self.data.negative_power)
+        negatives = sampler.draw(self.data.negatives, self._rng)
+        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q))
