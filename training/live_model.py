@@ -22,7 +22,9 @@ from training.models.version import (
     USER_ROWS,
     Change,
     VersionState,
+    checkpoint_names,
     grow_rows,
+    split_checkpoint,
 )
 from training.step import Optimizers, StepConfig, train_step
 
@@ -148,33 +150,6 @@ class LiveModel:
 
     def _dense_and_moments(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         return split_checkpoint({name: t.detach().cpu().clone() for name, t in dense_state(self.optimizers).items()})[1:]
-
-
-def checkpoint_names(state: VersionState) -> dict[str, torch.Tensor]:
-    """Return a version's tensors under the names that training/checkpoint.py uses."""
-    named = {"tables.item": state.rows[ITEM_ROWS], "tables.user": state.rows[USER_ROWS]}
-    named |= {f"dense.{name}": tensor for name, tensor in state.dense.items()}
-    for name, tensor in state.optimizer.items():
-        named[f"tables.{name}" if name.endswith(".momentum") else f"dense_optimizer.{name}"] = tensor
-    return named
-
-
-def split_checkpoint(
-    named: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Split tensors named as in a checkpoint into tables, dense and optimiser, as `VersionState` names them."""
-    tables: dict[str, torch.Tensor] = {}
-    dense: dict[str, torch.Tensor] = {}
-    optimizer: dict[str, torch.Tensor] = {}
-    for name, tensor in named.items():
-        kind, rest = name.split(".", 1)
-        if kind == "tables" and not rest.endswith(".momentum"):
-            tables[rest] = tensor
-        elif kind == "dense":
-            dense[rest] = tensor
-        else:
-            optimizer[rest] = tensor
-    return tables, dense, optimizer
 
 
 def _build_dense(state: VersionState, device: torch.device) -> TwoStage:

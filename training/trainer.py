@@ -96,8 +96,8 @@ METRICS_FILE = "metrics.jsonl"
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     """Train on a dataset: the `recloop train` command."""
     overrides = [f"train.{key}={value}" for key in ("workers", "epochs") if (value := getattr(args, key)) is not None]
-    recipe = load_recipe(args.recipe, [*args.set, *overrides])
-    dataset, home = load_dataset(args.data), Home(Path(args.home)).ensure()
+    recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
+    dataset, home = load_dataset(args.data), args.home.ensure()
     engine = recipe.section(EngineConfig)
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
         return asdict(train_on_ray(recipe, dataset, home))

@@ -129,6 +129,33 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
     )
 
 
+def checkpoint_names(state: VersionState) -> dict[str, torch.Tensor]:
+    """Return a version's tensors under the names that training/checkpoint.py uses."""
+    named = {"tables.item": state.rows[ITEM_ROWS], "tables.user": state.rows[USER_ROWS]}
+    named |= {f"dense.{name}": tensor for name, tensor in state.dense.items()}
+    for name, tensor in state.optimizer.items():
+        named[f"tables.{name}" if name.endswith(".momentum") else f"dense_optimizer.{name}"] = tensor
+    return named
+
+
+def split_checkpoint(
+    named: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split tensors named as in a checkpoint into tables, dense and optimiser, as `VersionState` names them."""
+    tables: dict[str, torch.Tensor] = {}
+    dense: dict[str, torch.Tensor] = {}
+    optimizer: dict[str, torch.Tensor] = {}
+    for name, tensor in named.items():
+        kind, rest = name.split(".", 1)
+        if kind == "tables" and not rest.endswith(".momentum"):
+            tables[rest] = tensor
+        elif kind == "dense":
+            dense[rest] = tensor
+        else:
+            optimizer[rest] = tensor
+    return tables, dense, optimizer
+
+
 def log_popularity(count_I: torch.Tensor) -> np.ndarray:
     """Return log((count + 1) / total) of each item: what a user nobody knows is shown first."""
     smoothed = count_I.double() + 1

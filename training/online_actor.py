@@ -1,0 +1,112 @@
+"""The process that learns online: one Ray actor that reads the log, learns, publishes, for as long as it lives.
+
+In:  a registry, an event log and the encoder's settings.  Out: deltas; `status` for whoever asks.
+Knows nothing of how learning works (training/online.py). Crash-only: on any error the process ends, Ray starts it again
+and it goes on after the last published delta.
+"""
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+
+from cluster.config import EngineConfig, Recipe
+from cluster.home import Home
+from cluster.log import EventLog
+from cluster.registry import Registry
+from embeddings.text_encoder import EncoderConfig, TextEncoder
+from training.online import OnlineConfig, OnlineLearner
+
+logger = logging.getLogger(__name__)
+
+RESTART_PAUSE_S = 1.0
+
+
+class OnlineTrainer:
+    """Runs an `OnlineLearner` on a thread; methods answer meanwhile."""
+
+    def __init__(self, recipe_toml: str, home: Home) -> None:
+        """Start learning. Ends the process when the promoted version cannot be taken up."""
+        recipe = Recipe.from_toml(recipe_toml)
+        torch.set_num_threads(1)
+        self._config = recipe.section(OnlineConfig)
+        self._registry = Registry(recipe.section(EngineConfig).registry_uri or home.registry)
+        self._log = EventLog(home.log)
+        self._encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
+        self._stopping = threading.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="online-trainer")
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Return whether the promoted version was taken up within the time."""
+        return self._ready.wait(timeout_s)
+
+    def status(self) -> dict[str, Any]:  # Any: JSON
+        """Return what is published and learned."""
+        if not self._ready.is_set():
+            return {"ready": False}
+        learner = self._learner
+        return {
+            "ready": True,
+            "version": str(learner.ref),
+            "applied_seq": learner.applied_seq,
+            "lag_events": self._log.head_seq() - learner.applied_seq,
+            "validation": learner.guard.metrics(),
+        }
+
+    def drain(self, timeout_s: float) -> bool:
+        """Return whether everything in the log was learned and published within the time."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            if self._ready.is_set() and self._registry_offset() >= self._log.head_seq():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def stop(self) -> None:
+        """Publish what was learned and end the thread."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _registry_offset(self) -> int:
+        return self._registry.manifest(self._registry.current()).last_seq
+
+    def _run(self) -> None:
+        try:
+            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self._learner = OnlineLearner(self._registry, self._log, self._encoder, device)
+            self._ready.set()
+            self._follow_log()
+        except BaseException:
+            logger.exception("online training failed; starting again after the last delta")
+            time.sleep(RESTART_PAUSE_S)
+            os._exit(1)
+
+    def _follow_log(self) -> None:
+        published_s = time.monotonic()
+        while not self._stopping.is_set():
+            events = self._log.read(self._learner.applied_seq, self._config.max_events)
+            if events:
+                self._learner.learn(events)
+            if time.monotonic() - published_s >= self._config.publish_interval_ms / 1_000:
+                self._learner.publish()
+                published_s = time.monotonic()
+            if not events:
+                self._stopping.wait(self._config.poll_interval_ms / 1_000)
+        self._learner.publish()
+
+
+def start_online_trainer(recipe: Recipe, home: Home) -> ActorHandle | None:
+    """Start the actor within an open Ray session, or return none where the recipe turns online training off."""
+    if not recipe.section(OnlineConfig).enabled:
+        return None
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(OnlineTrainer)
+    return actor.remote(recipe.to_toml(), home)

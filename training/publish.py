@@ -1,0 +1,92 @@
+"""A training run becomes a version in the registry.
+
+In:  a run folder.  Out: the published version's name.
+Knows nothing of serving. The version is complete or absent: everything is written, then one pointer moves.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import EngineConfig, Recipe
+from cluster.dataset import load_dataset
+from cluster.errors import DataError
+from cluster.home import Home
+from cluster.registry import Registry, VersionRef
+from embeddings.tables import TablesConfig
+from training.checkpoint import read_checkpoint
+from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
+from training.models.version import (
+    COUNT_ROWS,
+    ITEM_ROWS,
+    TEXT_ROWS,
+    USER_ROWS,
+    VersionState,
+    split_checkpoint,
+    write_version,
+)
+from training.stream import DataConfig, build_history
+from training.trainer import RECIPE_FILE, TEXT_FILE, TrainedRun
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
+    """Publish a training run: the `recloop publish` command."""
+    folder = Path(args.run) if args.run else latest_run(args.home)
+    trained = TrainedRun.read(folder)
+    ref = publish_run(trained, open_registry(read_recipe(folder), args.home))
+    return {"version": str(ref), "run": trained.folder, "metrics": trained.metrics}
+
+
+def latest_run(home: Home) -> Path:
+    """Return the newest run folder. Raises `DataError` when there is none."""
+    runs = sorted(home.runs.glob("train-*"))
+    if not runs:
+        raise DataError(f"{home.runs}: holds no training run; `recloop train` makes one")
+    return runs[-1]
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Return the resolved recipe that a run was trained with."""
+    return Recipe.from_toml((folder / RECIPE_FILE).read_text())
+
+
+def open_registry(recipe: Recipe, home: Home) -> Registry:
+    """Return the registry that the recipe names, or the home folder's."""
+    return Registry(recipe.section(EngineConfig).registry_uri or home.ensure().registry)
+
+
+def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:
+    """Write a run's last checkpoint, with everything a request needs, as the next version, and promote it."""
+    folder = Path(trained.folder)
+    recipe, dataset = read_recipe(folder), load_dataset(trained.dataset)
+    events = training_events(dataset, recipe.section(DataConfig))
+    tables = recipe.section(TablesConfig)
+    items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
+    history = build_history(events, items, users)
+    whole, dense, optimizer = split_checkpoint(read_checkpoint(Path(trained.checkpoint)))
+    sizes = {"item": len(items), "user": len(users)}
+    state = VersionState(
+        ref=VersionRef(0),
+        recipe=recipe,
+        learned_seq=0,
+        item_ids=items.ids,
+        item_texts=dataset.items()["text"].to_pylist(),
+        user_ids=users.ids,
+        rows={
+            ITEM_ROWS: whole["item"][: sizes["item"]].clone(),
+            USER_ROWS: whole["user"][: sizes["user"]].clone(),
+            TEXT_ROWS: torch.from_numpy(np.load(folder / TEXT_FILE)),
+            COUNT_ROWS: torch.from_numpy(np.bincount(history.item_row, minlength=len(items))),
+        },
+        dense=dense,
+        optimizer={
+            name: tensor[: sizes[name.split(".")[0]]].clone() if name.endswith(".momentum") else tensor
+            for name, tensor in optimizer.items()
+        },
+    )
+    draft = registry.draft_version()
+    write_version(draft, state, events)
+    return draft.publish(offset=0, metrics=trained.metrics)
