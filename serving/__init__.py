@@ -1,0 +1,1 @@
+"""The Ray Serve app: recommendations, feedback and new items over HTTP, on weights that change underneath."""

@@ -1,0 +1,67 @@
+"""What can be set about serving.
+
+In:  a recipe's `[serve]`.  Out: one checked dataclass.
+Knows nothing of host and port: they belong to the command line.
+"""
+
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+from serving.experiments import ARMS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How the app answers, and how much it takes on."""
+
+    replicas: int = 1
+    """Copies of the ingress, each with the model in its own memory."""
+    arms: tuple[str, ...] = ("live",)
+    """Arms that a request may name; the first is what it gets when it names none."""
+    pinned_version: int | None = None
+    """Version of the arms that do not follow promotions; none is the one promoted when the app starts."""
+    poll_interval_ms: int = 100
+    """How often a replica looks for a new version, delta or item."""
+    candidates: int = 100
+    """Ranked items the policy draws a slate from; a longer slate draws from as many as it asks for."""
+    max_k: int = 10_000
+    """Longest slate a request may ask for."""
+    max_batch_events: int = 1_000
+    """Most events or items in one request."""
+    max_body_bytes: int = 8 * 1024**2
+    """Largest request body."""
+    max_ongoing_requests: int = 64
+    """Requests a replica works on at a time."""
+    max_queued_requests: int = 256
+    """Requests that wait for a replica; further ones are answered 429 with Retry-After."""
+    threads: int = 2
+    """Threads of a replica that read state and run the model."""
+    torch_threads: int = 1
+    """Threads each of those gives one tensor operation."""
+    seed: int = 0
+    """Of the policy's draws; each replica adds its rank."""
+    encoder_timeout_s: float = 60.0
+    """How long a new item waits for its vector."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not self.arms or len(set(self.arms)) < len(self.arms) or not set(self.arms) <= set(ARMS):
+            raise ConfigError(f"serve.arms={list(self.arms)}: must be one or more of {', '.join(ARMS)}, each once")
+        for name in (
+            "replicas",
+            "poll_interval_ms",
+            "candidates",
+            "max_k",
+            "max_batch_events",
+            "max_body_bytes",
+            "max_ongoing_requests",
+            "max_queued_requests",
+            "threads",
+            "torch_threads",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 1")
+        if self.pinned_version is not None and self.pinned_version < 1:
+            raise ConfigError(f"serve.pinned_version={self.pinned_version}: versions are numbered from 1")
+        if self.encoder_timeout_s <= 0:
+            raise ConfigError(f"serve.encoder_timeout_s={self.encoder_timeout_s}: must be above 0")

@@ -1,0 +1,242 @@
+"""The HTTP surface: routes, and what each reads and answers.
+
+In:  requests.  Out: JSON, errors as problems.
+Knows nothing of Ray: the app is plain ASGI. Nothing here blocks the event loop; reading state, torch and the encoder
+run in two small pools, so that a slow new item does not hold up recommendations.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
+
+import pydantic_core
+from fastapi import FastAPI, Query, Request, Response
+from pydantic import BaseModel
+
+from cluster.catalogue import Item, parse_item
+from cluster.log import EventLog
+from cluster.registry import Registry
+from serving import recommender, schemas
+from serving.catalogue import Encode
+from serving.config import ServeConfig
+from serving.experiments import ARMS
+from serving.feedback import Receipt, parse_all, take_feedback
+from serving.metrics import Metrics, RequestTimer
+from serving.problems import ProblemError, add_problem_handlers, problem_response
+from serving.refresh import Refresher
+
+Result = TypeVar("Result")
+Json = dict[str, Any]  # Any: whatever JSON holds
+
+HISTORY_SHOWN = 20
+"""Newest moves of the pointer that `GET /v1/versions` lists."""
+
+
+class Gateway:
+    """Answers HTTP from one replica's parts."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        registry: Registry,
+        log: EventLog,
+        refresher: Refresher,
+        recommender: recommender.Recommender,
+        encode: Encode,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._log = log
+        self._refresher = refresher
+        self._recommender = recommender
+        self._encode = encode
+        self._metrics = metrics
+        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="request")
+        self._item_pool = ThreadPoolExecutor(1, thread_name_prefix="items")
+
+    def build_api(self) -> FastAPI:
+        """Return the ASGI app."""
+        api = FastAPI(title="recloop", description="A recommender that learns while it serves.", redoc_url=None)
+        add_problem_handlers(api)
+        api.add_middleware(RequestTimer, metrics=self._metrics)
+        problems: Json = {str(s): {"model": schemas.Problem} for s in (400, 404, 413, 422, 429, 503)}
+
+        def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
+            described = {200: {"model": model}, **problems} if model else {}
+            content = {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
+            extra = content if body else None
+            api.add_api_route(path, answer, methods=[method], responses=described, openapi_extra=extra)
+
+        recommend_body = schemas.RecommendRequest.model_json_schema()
+        event_body = schemas.one_or_many(schemas.event_schema(), "events")
+        item_body = schemas.one_or_many(schemas.item_schema(), "items")
+        add("/v1/recommend", self.recommend, "POST", schemas.RecommendResponse, recommend_body)
+        add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
+        add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
+        add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
+        add("/v1/versions", self.list_versions, "GET", None, {})
+        add("/healthz", self.check_health, "GET", None, {})
+        add("/readyz", self.check_readiness, "GET", None, {})
+        add("/metrics", self.show_metrics, "GET", None, {})
+        return api
+
+    async def recommend(self, request: Request) -> Response:
+        """Recommend up to k items that the user does not have yet; a user nobody knows gets a cold start."""
+        asked = schemas.RecommendRequest.model_validate_json(await self._read_body(request))
+        arm = asked.arm or self._config.arms[0]
+        if arm not in self._config.arms:
+            raise _refuse_field("arm", f"{arm!r} is not switched on; try {', '.join(self._config.arms)}")
+        if asked.k > self._config.max_k:
+            raise _refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
+        query = recommender.Query(
+            user_id=asked.user_id, k=asked.k, arm=arm, min_seq=asked.min_seq, exclude=frozenset(asked.exclude)
+        )
+        found = await self._in_pool(self._recommender.recommend, query)
+        return _json(_describe_recommendation(query, found, with_text=asked.with_text))
+
+    async def take_feedback(self, request: Request) -> Response:
+        """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""
+        receipt = await take_feedback(self._log, self._entries(await self._read_body(request), "events"))
+        self._metrics.count_events("accepted", receipt.accepted)
+        self._metrics.count_events("duplicate", receipt.duplicates)
+        self._metrics.count_events("rejected", len(receipt.rejected))
+        return _json(_describe_receipt(receipt), HTTPStatus.OK if receipt.appended else HTTPStatus.UNPROCESSABLE_ENTITY)
+
+    async def put_items(self, request: Request) -> Response:
+        """Add items, or replace those of the same id; they are recommendable by their text at once."""
+        entries = self._entries(await self._read_body(request), "items")
+        items, rejected = parse_all(entries, parse_item)
+        if items:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._item_pool, self._store_items, items)
+        status = HTTPStatus.OK if items else HTTPStatus.UNPROCESSABLE_ENTITY
+        return _json({"accepted": len(items), "rejected": [asdict(entry) for entry in rejected]}, status)
+
+    async def list_similar(self, item_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 10) -> Response:
+        """List the items nearest to an item; its id may hold slashes."""
+        model = self._refresher.residents.live
+        if not model.knows(item_id):
+            return problem_response(HTTPStatus.NOT_FOUND, f"item {item_id!r:.200} is unknown to version {model.name}")
+        found = await self._in_pool(model.similar, item_id, k)
+        neighbours = [{"item_id": near_id, "score": float(score)} for near_id, score in found]
+        return _json({"item_id": item_id, "version": model.name, "items": neighbours})
+
+    async def list_versions(self) -> Response:
+        """Say what answers each arm, what is promoted, and how fresh the weights are. Of the replica that answers."""
+        return _json(await self._in_pool(self._describe_versions))
+
+    async def check_health(self) -> Response:
+        """Say that the process answers."""
+        return _json({"status": "ok"})
+
+    async def check_readiness(self) -> Response:
+        """Say whether requests can be answered: a version is loaded and the log can be read."""
+        residents = self._refresher.residents
+        head_seq = await self._in_pool(self._log.head_seq)
+        problems = dict(self._refresher.problems)
+        return _json({"status": "ready", "version": residents.live.name, "head_seq": head_seq, "problems": problems})
+
+    async def show_metrics(self) -> Response:
+        """Return the answering replica's metrics for Prometheus."""
+        return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _store_items(self, items: Sequence[Item]) -> None:
+        self._encode([item.text for item in items])  # first, and cached: an item that cannot be encoded is not stored
+        self._log.put_items(items)
+        self._refresher.refresh_items()
+
+    def _describe_versions(self) -> Json:
+        residents = self._refresher.residents
+        return {
+            "current": str(self._registry.current()),
+            "served": residents.live.name,
+            "learned_seq": residents.live.learned_seq,
+            "head_seq": self._log.head_seq(),
+            "items": residents.live.item_count,
+            "arms": {name: residents.model_of(ARMS[name]).name for name in self._config.arms},
+            "previous": residents.previous.name if residents.previous else None,
+            "problems": dict(self._refresher.problems),
+            "weights_freshness_ms": self._metrics.recent_freshness(),
+            "history": [
+                {"at_us": move.at_us, "version": str(move.ref), "reason": move.reason}
+                for move in self._registry.history()[-HISTORY_SHOWN:]
+            ],
+        }
+
+    async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    async def _read_body(self, request: Request) -> bytes:
+        """Return the body; one that is too large is read to its end but not kept, so that the client hears why."""
+        limit_bytes = self._config.max_body_bytes
+        size_bytes, chunks = 0, []
+        async for chunk in request.stream():
+            size_bytes += len(chunk)
+            if size_bytes <= limit_bytes:
+                chunks.append(chunk)
+        if size_bytes > limit_bytes:
+            detail = f"the body has {size_bytes:,} bytes; at most {limit_bytes:,}"
+            raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+        return b"".join(chunks)
+
+    def _entries(self, body: bytes, name: str) -> Sequence[object]:
+        """Return the entries of a body that is one, a list of them, or an object that holds the list."""
+        try:
+            stated = pydantic_core.from_json(body)
+        except ValueError as error:
+            raise ProblemError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from error
+        if isinstance(stated, Mapping):
+            stated = stated[name] if set(stated) == {name} else [stated]
+        if not isinstance(stated, list) or not stated:
+            raise _refuse_field(name, "must be an object, a list of objects, or an object that holds such a list")
+        if len(stated) > self._config.max_batch_events:
+            raise _refuse_field(name, f"{len(stated):,} entries; at most {self._config.max_batch_events:,} at a time")
+        return stated
+
+
+def _describe_recommendation(query: recommender.Query, found: recommender.Recommendation, *, with_text: bool) -> Json:
+    slate = found.slate
+    items: list[Json] = [
+        {"item_id": item_id, "position": position, "score": score, "propensity": propensity}
+        for position, (item_id, score, propensity) in enumerate(
+            zip(slate.item_ids, slate.scores, slate.propensities, strict=True)
+        )
+    ]
+    if with_text:
+        items = [{**item, "text": text} for item, text in zip(items, found.texts, strict=True)]
+    answer = {
+        "request_id": found.request_id,
+        "user_id": query.user_id,
+        "version": found.version,
+        "learned_seq": found.learned_seq,
+        "state_seq": found.state_seq,
+        "arm": query.arm,
+        "cold_start": found.cold_start,
+        "items": items,
+    }
+    return answer if found.reflects_min_seq is None else {**answer, "reflects_min_seq": found.reflects_min_seq}
+
+
+def _describe_receipt(receipt: Receipt) -> Json:
+    return {
+        "accepted": receipt.accepted,
+        "duplicates": receipt.duplicates,
+        "last_seq": max((entry.seq for entry in receipt.appended), default=None),
+        "results": [entry._asdict() for entry in receipt.appended],
+        "rejected": [asdict(entry) for entry in receipt.rejected],
+    }
+
+
+def _refuse_field(field: str, reason: str) -> ProblemError:
+    errors = [{"index": 0, "field": field, "reason": reason}]
+    return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field}: {reason}", errors)
+
+
+def _json(value: Json, status: int = HTTPStatus.OK) -> Response:
+    return Response(json.dumps(value), status, media_type="application/json")

@@ -1,0 +1,112 @@
+"""What one replica counts, for Prometheus.
+
+In:  observations.  Out: the exposition text of `GET /metrics`, of the replica that answers.
+Knows nothing of how requests are answered. Labels are routes, outcomes and status codes only: never a user, an item or
+a version, of which there is no end.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUEST_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
+FRESHNESS_BUCKETS_S = (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
+RECENT_EVENTS = 10_000
+"""Newest events whose freshness is kept for exact percentiles."""
+
+
+class Metrics:
+    """The counters of one replica."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._request_s = Histogram(
+            "recloop_request_seconds",
+            "Time from a request's arrival at the replica to its answer.",
+            ["route", "status"],
+            buckets=REQUEST_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._events = Counter(
+            "recloop_events", "Feedback events by what became of them.", ["outcome"], registry=self._registry
+        )
+        self._swaps = Counter(
+            "recloop_version_swaps", "Attempts to follow the promoted version.", ["outcome"], registry=self._registry
+        )
+        self._learned_seq = Gauge(
+            "recloop_learned_seq", "Last event that the weights have learned from.", registry=self._registry
+        )
+        self._freshness_s = Histogram(
+            "recloop_weights_freshness_seconds",
+            "Time from an event's ack until weights that learned from it answer requests.",
+            buckets=FRESHNESS_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._recent_freshness_us: deque[int] = deque(maxlen=RECENT_EVENTS)
+
+    def observe_request(self, route: str, status: int, seconds: float) -> None:
+        """Count one answer."""
+        self._request_s.labels(route, str(status)).observe(seconds)
+
+    def count_events(self, outcome: str, number: int) -> None:
+        """Count events that were accepted, duplicate or rejected."""
+        if number:
+            self._events.labels(outcome).inc(number)
+
+    def count_swap(self, outcome: str) -> None:
+        """Count one attempt to follow the promoted version: swapped or refused."""
+        self._swaps.labels(outcome).inc()
+
+    def set_learned_seq(self, seq: int) -> None:
+        """Note the last event that the weights served have learned from."""
+        self._learned_seq.set(seq)
+
+    def observe_freshness(self, acked_us: Iterable[int], now_us: int) -> None:
+        """Count events that have just become part of the weights served."""
+        for acked in acked_us:
+            self._freshness_s.observe((now_us - acked) / 1e6)
+            self._recent_freshness_us.append(now_us - acked)
+
+    def recent_freshness(self) -> dict[str, float | int | None]:
+        """Return p50 and p99 in milliseconds from ack to weights, over the newest events learned from."""
+        recent = list(self._recent_freshness_us)
+        if not recent:
+            return {"events": 0, "p50": None, "p99": None}
+        p50, p99 = np.percentile(recent, [50, 99]) / 1e3
+        return {"events": len(recent), "p50": float(p50), "p99": float(p99)}
+
+    def render(self) -> bytes:
+        """Return the exposition text."""
+        return generate_latest(self._registry)
+
+
+class RequestTimer:
+    """ASGI middleware that observes each request under its route's template."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and time it until its answer is sent."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.perf_counter()
+        status = 500  # what the client sees when nothing answers
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.observe_request(route, status, time.perf_counter() - started_s)

@@ -1,0 +1,85 @@
+"""The hot path: state → retrieve → rank → policy → slate, in one process.
+
+In:  a `Query`.  Out: a `Recommendation` that names the one version it came from.
+Knows nothing of HTTP or of how versions arrive. Blocks on the log and on torch: call it off the event loop.
+"""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.log import EventLog
+from serving.experiments import ARMS
+from serving.refresh import Residents
+from training.policies import PolicyConfig, Slate, build_policy
+
+FIRST_LIVE_SEQ = 1
+"""Sequence number of the log's first event; training's history lies before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """What to recommend to whom."""
+
+    user_id: str
+    k: int
+    arm: str
+    min_seq: int | None = None
+    """An event the answer should reflect."""
+    exclude: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """A slate, and what it was made from."""
+
+    request_id: str
+    version: str
+    learned_seq: int
+    """Last event that the weights have learned from."""
+    state_seq: int
+    """The user's newest event in the state used; 0 where there is none."""
+    reflects_min_seq: bool | None
+    """Whether the state holds everything up to the query's `min_seq`; none where none was given."""
+    cold_start: bool
+    slate: Slate
+    texts: list[str | None]
+    """Text of each item of the slate."""
+
+
+class Recommender:
+    """Answers queries from the log's user state and the resident models."""
+
+    def __init__(
+        self, log: EventLog, residents: Callable[[], Residents], policy: PolicyConfig, *, seed: int, candidates: int
+    ) -> None:
+        self._log = log
+        self._residents = residents
+        self._policy = build_policy(policy, seed)
+        self._candidates = candidates
+
+    def recommend(self, query: Query) -> Recommendation:
+        """Return up to k items that the user does not have; an unknown user gets what suits a stranger."""
+        arm = ARMS[query.arm]
+        residents = self._residents()  # one reference for the whole request: a swap meanwhile changes nothing here
+        model = residents.model_of(arm)
+
+        # The head is read before the state, so the state holds at least what is claimed of it.
+        head_seq = self._log.head_seq() if query.min_seq is not None and arm.sees_live_state else 0
+        bound = None if arm.sees_live_state else FIRST_LIVE_SEQ
+        state = self._log.user_state(query.user_id, model.max_history, before_seq=bound)
+        owned = self._log.seen_items(query.user_id)  # all of them: nobody is offered what they have, whatever the arm
+
+        exclude = owned | query.exclude | residents.unavailable
+        candidates = model.recommend(query.user_id, state.history, max(query.k, self._candidates), exclude)
+        slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
+        return Recommendation(
+            request_id=uuid.uuid4().hex,
+            version=model.name,
+            learned_seq=model.learned_seq,
+            state_seq=state.seq,
+            reflects_min_seq=None if query.min_seq is None else query.min_seq <= max(head_seq, state.seq),
+            cold_start=candidates.cold_start,
+            slate=slate,
+            texts=[model.text_of(item_id) for item_id in slate.item_ids],
+        )

@@ -1,0 +1,240 @@
+"""Follow the registry: load, verify, warm up, swap one reference.
+
+In:  the registry's pointer and the live catalogue.  Out: `Residents`, what every request is answered from.
+Knows nothing of HTTP. A version or delta that does not hold is refused: what was served before stays, and the reason is
+reported. The replica never leaves rotation; what it served before the last swap stays in memory, for instant rollback.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cluster.errors import CorruptVersionError, NoVersionError, RecloopError
+from cluster.log import EventLog, Interaction
+from cluster.manifest import VersionRef
+from cluster.registry import Registry
+from serving.catalogue import LiveCatalogue
+from serving.experiments import Arm
+from serving.metrics import Metrics
+from training.models.served import ServedModel
+
+RETRY_REFUSED_S = 5.0
+"""How long a version that did not hold is left alone, unless the pointer moves."""
+WARM_UP_ITEMS = 5
+READ_EVENTS = 1_000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residents:
+    """Everything in memory that answers requests; replaced as a whole, never changed."""
+
+    live: ServedModel
+    """The promoted version, as far as it holds."""
+    pinned: ServedModel | None
+    """What the arms that do not follow promotions are answered from."""
+    previous: ServedModel | None = None
+    """What `live` was before the last swap."""
+    unavailable: frozenset[str] = frozenset()
+    """Items outside their time of availability."""
+
+    def model_of(self, arm: Arm) -> ServedModel:
+        """Return the model of an arm that is switched on."""
+        model = self.live if arm.follows_promotions else self.pinned
+        assert model is not None, f"{arm.name} is on, so its version was loaded"
+        return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A promoted version that does not hold, at least not as a whole."""
+
+    target: VersionRef
+    reason: str
+    retry_s: float
+    """When to try again, on the monotonic clock."""
+
+
+class Refresher:
+    """Keeps one replica's residents up to date, in a thread of its own."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        event_log: EventLog,
+        catalogue: LiveCatalogue,
+        metrics: Metrics,
+        *,
+        poll_interval_s: float,
+    ) -> None:
+        self._registry = registry
+        self._log = event_log
+        self._catalogue = catalogue
+        self._metrics = metrics
+        self._poll_interval_s = poll_interval_s
+        self._residents: Residents | None = None
+        self._refusal: Refusal | None = None
+        self._problems: dict[str, str] = {}
+        self._writing = threading.Lock()
+        """Held by whoever makes the next residents; requests only read the reference."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
+
+    @property
+    def residents(self) -> Residents:
+        """Return what is served now; raises `NoVersionError` before `load`."""
+        if self._residents is None:
+            raise NoVersionError("no version is loaded yet")
+        return self._residents
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """Return what keeps the promoted "version" or the newest "items" from being served; empty when nothing does."""
+        return dict(self._problems)
+
+    def load(self, pinned_version: int | None) -> None:
+        """Load the promoted version, up to the first delta that does not hold, and the pinned one if any.
+
+        Raises `RegistryError` where there is nothing to serve.
+        """
+        with self._writing:
+            self._catalogue.poll()
+            live = self._load_base(self._registry.current().version)
+            pinned = None
+            if pinned_version is not None:
+                same = VersionRef.parse(live.name).version == pinned_version
+                pinned = live if same else self._load_base(pinned_version)
+            unavailable = self._catalogue.unavailable(_now_us())
+            self._residents = Residents(live=live, pinned=pinned, unavailable=unavailable)
+            self._metrics.set_learned_seq(live.learned_seq)
+            self._attempt("version", self._follow_pointer)
+
+    def start(self) -> None:
+        """Follow from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def refresh_items(self) -> None:
+        """Make the items that are in the log recommendable now; raises `EngineError` without the encoder."""
+        with self._writing:
+            self._follow_items()
+
+    def follow(self) -> None:
+        """Take up new items and the promoted version; what cannot be is noted in `problems`."""
+        with self._writing:
+            self._attempt("items", self._follow_items)
+            self._attempt("version", self._follow_pointer)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._poll_interval_s):
+            self.follow()
+
+    def _attempt(self, subject: str, step: Callable[[], None]) -> None:
+        """Run a step; whatever goes wrong in it, requests are answered from the residents there are."""
+        try:
+            step()
+        except Exception as error:  # the boundary of a thread that must outlive any one version
+            problem = str(error) if isinstance(error, RecloopError) else repr(error)
+            if self._problems.get(subject) != problem:
+                self._problems[subject] = problem
+                log.error("still serving %s: %s", self.residents.live.name, problem, exc_info=error)
+        else:
+            self._problems.pop(subject, None)
+
+    def _follow_items(self) -> None:
+        before = self.residents
+        fresh = self._catalogue.poll()
+        unavailable = self._catalogue.unavailable(_now_us())
+        if fresh or unavailable != before.unavailable:
+            self._residents = replace(
+                before,
+                live=self._catalogue.lay_over(before.live, fresh),
+                pinned=before.pinned and self._catalogue.lay_over(before.pinned, fresh),
+                unavailable=unavailable,
+            )
+
+    def _follow_pointer(self) -> None:
+        """Serve the promoted version, or as much of its chain as holds; raises `CorruptVersionError` for the rest."""
+        target = self._registry.current()
+        before = self.residents.live
+        if before.name == str(target):
+            return
+        refused = self._refusal
+        if refused and refused.target == target and time.monotonic() < refused.retry_s:
+            raise CorruptVersionError(refused.reason)
+
+        reached, failure = self._reach(target)
+        try:
+            _warm_up(reached)
+        except Exception as error:  # what cannot answer, for whatever reason, is not served
+            reached, failure = before, error
+        if reached is not before:
+            self._swap(before, reached)
+        if failure is not None:
+            reason = f"{target} is promoted but {reached.name} is served: {failure}"
+            self._refusal = Refusal(target=target, reason=reason, retry_s=time.monotonic() + RETRY_REFUSED_S)
+            self._metrics.count_swap("refused")
+            raise CorruptVersionError(reason) from failure
+
+    def _reach(self, target: VersionRef) -> tuple[ServedModel, Exception | None]:
+        """Return the model nearest to the target whose files hold, and what stopped short of the target."""
+        reached = self.residents.live
+        try:
+            for reached in self._steps_to(target):  # noqa: B007  the last one is the nearest
+                pass
+        except Exception as error:  # what cannot be loaded, for whatever reason, is not served
+            return reached, error
+        return reached, None
+
+    def _steps_to(self, target: VersionRef) -> Iterator[ServedModel]:
+        """Yield models nearer and nearer to the target; what does not hold raises instead of being yielded."""
+        residents = self.residents
+        if residents.previous is not None and residents.previous.name == str(target):
+            yield self._catalogue.lay_over(residents.previous)
+            return
+        model, ref = residents.live, VersionRef.parse(residents.live.name)
+        if ref.version != target.version or ref.delta > target.delta:
+            model, ref = self._load_base(target.version), VersionRef(target.version)
+            yield model
+        parent = self._registry.manifest(ref)
+        for number in range(ref.delta + 1, target.delta + 1):
+            reader = self._registry.open_delta(target.version, number)
+            if reader.manifest.parent_sha256 != parent.sha256:
+                raise CorruptVersionError(f"delta {reader.manifest.ref} is not a child of {parent.ref} as it is now")
+            model, parent = model.with_delta(reader), reader.manifest
+            yield model
+
+    def _load_base(self, version: int) -> ServedModel:
+        return self._catalogue.lay_over(ServedModel.load(self._registry, VersionRef(version)))
+
+    def _swap(self, before: ServedModel, after: ServedModel) -> None:
+        self._residents = replace(self.residents, live=after, previous=before)
+        self._metrics.count_swap("swapped")
+        self._metrics.set_learned_seq(after.learned_seq)
+        now_us, seq = _now_us(), before.learned_seq
+        while seq < after.learned_seq and (events := self._log.read(seq, READ_EVENTS)):
+            self._metrics.observe_freshness([e.acked_us for e in events if e.seq <= after.learned_seq], now_us)
+            seq = events[-1].seq
+
+
+def _warm_up(model: ServedModel) -> None:
+    """Answer a stranger and a known user before anyone asks; raises `CorruptVersionError` if scores are not numbers."""
+    stranger = model.recommend("", (), WARM_UP_ITEMS, frozenset())
+    history = [Interaction(item_id, "click", None, 0, 0) for item_id in stranger.item_ids]
+    known = model.recommend("", history, WARM_UP_ITEMS, frozenset())
+    if not (np.isfinite(stranger.scores).all() and np.isfinite(known.scores).all()):
+        raise CorruptVersionError(f"{model.name}: scores are not finite")
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1_000

@@ -1,0 +1,135 @@
+"""What goes over the wire, for validation of requests and for `/docs`.
+
+In:  request bodies.  Out: checked models, and the schemas of bodies and answers.
+Knows nothing of how requests are answered. Answers are written as JSON directly; their models document them.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+
+from cluster.catalogue import Item
+from cluster.events import KINDS, MAX_ID_CHARS, Event
+
+
+def _without_nul(value: str) -> str:
+    if "\x00" in value:
+        raise ValueError("holds a NUL")
+    return value
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_without_nul)]
+
+
+class RecommendRequest(BaseModel):
+    """What to recommend to whom."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user_id: Identifier
+    k: int = Field(default=10, ge=1, description="Length of the slate; a smaller catalogue gives a shorter one.")
+    min_seq: int | None = Field(default=None, ge=0, description="A sequence number from feedback to reflect.")
+    arm: str | None = Field(default=None, max_length=100, description="Arm of an experiment; see /v1/versions.")
+    exclude: list[Identifier] = Field(default=[], max_length=10_000, description="Items not to recommend.")
+    with_text: bool = Field(default=False, description="Whether to return each item's text.")
+
+
+class RecommendedItem(BaseModel):
+    """One position of a slate."""
+
+    item_id: str
+    position: int
+    score: float
+    propensity: float
+    text: str | None = None
+
+
+class RecommendResponse(BaseModel):
+    """A slate, answered by exactly one version."""
+
+    request_id: str
+    user_id: str
+    version: str
+    learned_seq: int
+    state_seq: int
+    reflects_min_seq: bool | None = None
+    arm: str
+    cold_start: bool
+    items: list[RecommendedItem]
+
+
+class RejectedEntry(BaseModel):
+    """One entry that was refused, by its place in the request."""
+
+    index: int
+    field: str
+    reason: str
+
+
+class AppendedEvent(BaseModel):
+    """Where an event stands in the log."""
+
+    event_id: str
+    seq: int
+    duplicate: bool
+
+
+class FeedbackResponse(BaseModel):
+    """What became of each event; sent once all accepted ones are durable."""
+
+    accepted: int
+    duplicates: int
+    last_seq: int | None
+    results: list[AppendedEvent]
+    rejected: list[RejectedEntry]
+
+
+class ItemsResponse(BaseModel):
+    """What became of each item; accepted ones are recommendable from now on."""
+
+    accepted: int
+    rejected: list[RejectedEntry]
+
+
+class SimilarItem(BaseModel):
+    """A neighbour."""
+
+    item_id: str
+    score: float
+
+
+class SimilarResponse(BaseModel):
+    """An item's nearest neighbours, nearest first."""
+
+    item_id: str
+    version: str
+    items: list[SimilarItem]
+
+
+class Problem(BaseModel):
+    """An error, after RFC 9457 (application/problem+json)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[RejectedEntry] | None = None
+
+
+def event_schema() -> dict[str, Any]:
+    """Return the JSON schema of one event as a client may state it."""
+    schema = TypeAdapter(Event).json_schema()
+    schema["required"] = ["user_id", "item_id", "kind"]  # the others are minted or stay empty
+    schema["properties"]["kind"]["enum"] = list(KINDS)
+    return schema
+
+
+def item_schema() -> dict[str, Any]:
+    """Return the JSON schema of one item."""
+    return TypeAdapter(Item).json_schema()
+
+
+def one_or_many(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the schema of one entry, of a list of them, or of an object that holds the list under a name."""
+    many = {"type": "array", "items": schema}
+    return {"anyOf": [schema, many, {"type": "object", "properties": {name: many}, "required": [name]}]}

@@ -1,0 +1,53 @@
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.cli import main
+from cluster.manifest import MANIFEST_FILE, VersionRef
+from cluster.ray_session import find_free_port
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def serve(home, capsys, *flags) -> tuple[int, str]:
+    code = main(["serve", "--home", str(home.path), "--port", str(find_free_port()), *flags])
+    return code, capsys.readouterr().err
+
+
+def test_a_home_without_a_version_is_said(home, capsys):
+    code, message = serve(home, capsys)
+    assert code == 4
+    assert "no version is published yet; train one and publish it" in message
+
+
+def test_a_taken_port_is_named(versions, home, taken_port, capsys):
+    code, message = serve(home, capsys, "--port", str(taken_port))
+    assert code == 5
+    assert f"127.0.0.1:{taken_port}: another process listens there" in message
+
+
+def test_an_unknown_recipe_key_is_answered_with_the_nearest(home, capsys):
+    code, message = serve(home, capsys, "--set", "serve.replica=2")
+    assert code == 2
+    assert "did you mean serve.replicas?" in message
+
+
+@pytest.mark.parametrize("file_name", [MANIFEST_FILE, "rows.safetensors", "history.parquet"])
+def test_a_corrupt_file_of_the_version_is_named(versions, home, capsys, file_name):
+    versions.flip_bit(VersionRef(1), file_name)
+    code, message = serve(home, capsys)
+    assert code == 4
+    assert f"{VersionRef(1).folder}/{file_name}" in message
+
+
+def test_a_pinned_version_that_is_not_published_is_said(versions, home, capsys):
+    code, message = serve(home, capsys, "--set", "serve.pinned_version=7")
+    assert code == 4
+    assert "7.0 is not published; versions here: 1" in message
