@@ -90,10 +90,10 @@ class LiveModel:
         if user_row != UNKNOWN_ROW:
             self._touched_users.add(user_row)
 
-    def learn(self, batch: Batch) -> Losses:
+    def learn(self, batch: Batch, loss_scale: float) -> Losses:
         """Take one train step."""
         self.model.train()
-        losses = train_step(self.model, batch.to(self.device), self.optimizers)
+        losses = train_step(self.model, batch.to(self.device), self.optimizers, loss_scale)
         self._touched_items.update(batch.item_rows_N.tolist())
         self._touched_users.update(batch.user_row_B[batch.has_user_B].tolist())
         return losses

@@ -39,11 +39,13 @@ class OnlineConfig:
     """How the stream is learned."""
 
     enabled: bool = True
-    learning_rate: float = 0.0005
+    learning_rate: float = 0.0002
     """Of AdamW on the dense weights."""
-    table_rate: float = 0.5
+    table_rate: float = 1.0
     """Learning rate of the tables as a share of their batch rate."""
     clip_norm: float = 1.0
+    batch_targets: int = 4096
+    """Targets of a step in batch training. An event weighs here what it weighed there, as the optimisers' state asks."""
     max_events: int = 64
     """Events a step; a step takes what has come, up to so many."""
     rehearsal_sequences: int = 16
@@ -211,4 +213,5 @@ class OnlineLearner:
         known = len(self.live.items)
         sampler = NegativeSampler(self.live.counts[:known], self.data.negative_power)
         negatives = sampler.draw(self.data.negatives, self._rng)
-        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q))
+        loss_scale = (sequences.target_row_BL != PAD).sum() / self.config.batch_targets
+        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q), float(loss_scale))

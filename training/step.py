@@ -75,12 +75,15 @@ def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def train_step(model: nn.Module, batch: Batch, optimizers: Optimizers) -> Losses:
-    """Collective. Learn one batch and return its losses, detached."""
+def train_step(model: nn.Module, batch: Batch, optimizers: Optimizers, loss_scale: float = 1.0) -> Losses:
+    """Collective. Learn one batch and return its losses, detached.
+
+    The loss is a mean over the batch's targets; `loss_scale` keeps one target's weight when batches are of unlike size.
+    """
     optimizers.dense.zero_grad()
     losses: Losses = model(batch)
     # Rows are updated in here; DDP averages the dense gradient over the workers (collective).
-    losses.total.backward()
+    (loss_scale * losses.total).backward()
     nn.utils.clip_grad_norm_(optimizers.dense_parameters.values(), optimizers.clip_norm)
     optimizers.dense.step()
     return Losses(*(loss.detach() for loss in losses))
