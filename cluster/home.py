@@ -46,6 +46,11 @@ class Home:
         return self.path / "datasets"
 
     @property
+    def default_dataset(self) -> Path:
+        """The dataset that commands take when none is named: what `recloop prepare movielens` writes."""
+        return self.datasets / "movielens"
+
+    @property
     def reports(self) -> Path:
         """Tables and pictures."""
         return self.path / "reports"

@@ -32,7 +32,9 @@ from training.step import Optimizers, StepConfig, train_step
 class LiveModel:
     """The version's model in training, with the frozen weights it started from beside it."""
 
-    def __init__(self, state: VersionState, step: StepConfig, table_rate: float, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, state: VersionState, step: StepConfig, table_rate: float, device: torch.device, seed: int
+    ) -> None:
         """Load weights and optimiser; the tables learn at `table_rate` of their batch rate."""
         tables = state.recipe.section(TablesConfig)
         self.device = device
@@ -110,7 +112,10 @@ class LiveModel:
     @torch.no_grad()
     def change(self) -> Change:
         """Return everything that changed since the last delta."""
-        new_items, new_users = range(self._published_items, len(self.items)), range(self._published_users, len(self.users))
+        new_items, new_users = (
+            range(self._published_items, len(self.items)),
+            range(self._published_users, len(self.users)),
+        )
         items = torch.tensor(sorted(self._touched_items.union(new_items)), dtype=torch.int64)
         users = torch.tensor(sorted(self._touched_users.union(new_users)), dtype=torch.int64)
         described = torch.tensor(sorted(self._described.union(new_items)), dtype=torch.int64)
@@ -149,7 +154,9 @@ class LiveModel:
         return rows, dense, momentum | moments
 
     def _dense_and_moments(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return split_checkpoint({name: t.detach().cpu().clone() for name, t in dense_state(self.optimizers).items()})[1:]
+        return split_checkpoint({name: t.detach().cpu().clone() for name, t in dense_state(self.optimizers).items()})[
+            1:
+        ]
 
 
 def _build_dense(state: VersionState, device: torch.device) -> TwoStage:

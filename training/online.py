@@ -87,15 +87,14 @@ class OnlineLearner:
         state = read_version(self.registry, ref, with_optimizer=True)
         self.ref, self.recipe, self.applied_seq = ref, state.recipe, state.learned_seq
         self.config, self.data = state.recipe.section(OnlineConfig), state.recipe.section(DataConfig)
-        step = StepConfig(
-            learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm
-        )
+        step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed)
         self.guard = ProgressiveValidation(state.recipe.section(GuardConfig))
         self.history_table = self.registry.open_version(ref.version).table("history")
         self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
         self._item_seq = 0
+        self.events_total = int(self.registry.manifest(ref).metrics.get("events_total", 0))
         self._start_delta()
 
     def _start_delta(self) -> None:
@@ -130,15 +129,16 @@ class OnlineLearner:
         objection = self.guard.objection()
         if objection is not None:
             return self._set_aside(objection)
-        metrics = {"events": self.pending_events, "validation": self.guard.metrics()}
-        ref = self._publish_delta(self.live.change(), metrics)
+        ref = self._publish_delta(self.live.change(), {"validation": self.guard.metrics()})
         if ref.delta >= self.config.compact_every:
-            self._publish_version({"events": 0, "compacted": str(ref)})
+            self._publish_version({"compacted": str(ref)})
         return ref
 
     def _publish_delta(self, change: Change, metrics: dict[str, object]) -> VersionRef:
         draft = self.registry.draft_delta(self.ref.version)
         write_delta(draft, change)
+        self.events_total += self.pending_events
+        metrics = {"events": self.pending_events, "events_total": self.events_total} | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
         self._start_delta()
         return self.ref
@@ -159,6 +159,7 @@ class OnlineLearner:
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
+        metrics = {"events_total": self.events_total} | metrics
         self.ref = draft.publish(offset=self.applied_seq, metrics=metrics, parent=self.ref)
         self._start_delta()
 
@@ -166,8 +167,8 @@ class OnlineLearner:
         """Undo the learning since the last delta; a delta that changes nothing records the range and the reason."""
         events, last_seq = self.pending_events, self.applied_seq
         self._take_up(self.ref)
-        self.applied_seq = last_seq
-        return self._publish_delta(self.live.change(), {"events": events, "set_aside": objection})
+        self.pending_events, self.applied_seq = events, last_seq
+        return self._publish_delta(self.live.change(), {"set_aside": objection})
 
     def _follow_pointer(self) -> None:
         """Take up the version that someone promoted.
@@ -180,7 +181,8 @@ class OnlineLearner:
         self._take_up(current)
         if rolled_back:
             first_seq, self.applied_seq = self.applied_seq + 1, rolled_back[-1].last_seq
-            self._publish_version({"events": 0, "rolled_back_to": str(current), "set_aside_from_seq": first_seq})
+            self.events_total = int(rolled_back[-1].metrics["events_total"])
+            self._publish_version({"rolled_back_to": str(current), "set_aside_from_seq": first_seq})
 
     def _describe_put_items(self) -> None:
         """Take in the text of items put since the last look."""

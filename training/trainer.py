@@ -62,9 +62,7 @@ class TrainConfig:
 
     def step(self) -> StepConfig:
         """Return the settings of one train step."""
-        return StepConfig(
-            learning_rate=self.learning_rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm
-        )
+        return StepConfig(learning_rate=self.learning_rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     """Train on a dataset: the `recloop train` command."""
     overrides = [f"train.{key}={value}" for key in ("workers", "epochs") if (value := getattr(args, key)) is not None]
     recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
-    dataset, home = load_dataset(args.data), args.home.ensure()
+    dataset, home = load_dataset(args.data or args.home.default_dataset), args.home.ensure()
     engine = recipe.section(EngineConfig)
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
         return asdict(train_on_ray(recipe, dataset, home))

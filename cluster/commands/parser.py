@@ -120,7 +120,7 @@ def _serve(commands: Commands) -> _Parser:
 
 def _replay(commands: Commands) -> _Parser:
     summary = "send a dataset's last part by time to a server as live traffic"
-    parser = _command(commands, "replay", "training.replay:run", summary, "", "--url http://127.0.0.1:9000")
+    parser = _command(commands, "replay", "training.report:run", summary, "", "--url http://127.0.0.1:9000")
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
     _add_data_flag(parser)
     _add_events_limit(parser)
@@ -130,7 +130,7 @@ def _replay(commands: Commands) -> _Parser:
 
 def _demo(commands: Commands) -> _Parser:
     summary = "run the whole loop: prepare, train, publish, serve, replay, report"
-    parser = _command(commands, "demo", "training.demo:run", summary, "", "--stay", "--events 500 --workers 1")
+    parser = _command(commands, "demo", "cluster.commands.demo:run", summary, "", "--stay", "--events 500 --workers 1")
     _add_workers_flag(parser)
     _add_address_flags(parser)
     _add_events_limit(parser)
@@ -169,7 +169,9 @@ def _status(commands: Commands) -> _Parser:
 
 
 def _add_data_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="DIR", help="a prepared dataset; default: the recipe's")
+    parser.add_argument(
+        "--data", metavar="DIR", help="a prepared dataset; default: datasets/movielens in the home folder"
+    )
 
 
 def _add_workers_flag(parser: argparse.ArgumentParser) -> None:

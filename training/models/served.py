@@ -185,6 +185,4 @@ class ServedModel:
         return [(self.item_ids[i], float(cosine_I[i])) for i in best]
 
     def _candidates(self, indices: np.ndarray, scores_I: np.ndarray, *, cold_start: bool) -> Candidates:
-        return Candidates(
-            item_ids=[self.item_ids[i] for i in indices], scores=scores_I[indices], cold_start=cold_start
-        )
+        return Candidates(item_ids=[self.item_ids[i] for i in indices], scores=scores_I[indices], cold_start=cold_start)

@@ -1,0 +1,91 @@
+"""`recloop evaluate`: how well a published version names the next item on a dataset's last part.
+
+In:  a version and a dataset.  Out: Hit@10 and NDCG@10 with intervals, warm and cold users apart, EASE beside.
+Knows nothing of serving. The same events that `recloop replay` sends, ranked offline with user state live.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from cluster.config import load_recipe
+from cluster.dataset import Dataset, load_dataset
+from cluster.errors import DataError
+from cluster.events import INTERACTION_KINDS
+from cluster.registry import VersionRef
+from embeddings.vocabulary import Vocabulary
+from training.baselines.ease import replay_ease
+from training.evaluation.metrics import Interval, hit_at_k, mean_interval, ndcg_at_k
+from training.evaluation.next_item import Catalogue, rank_next_items
+from training.inputs import build_user_vocabulary, training_events
+from training.models.served import ServedModel
+from training.models.version import USER_ROWS, grow_rows
+from training.publish import open_registry
+from training.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
+from training.stream import DataConfig, build_history
+
+SEED = 0
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
+    """Score one version: the `recloop evaluate` command."""
+    registry = open_registry(load_recipe(args.recipe, args.overrides), args.home)
+    ref = VersionRef.parse(args.version) if args.version else registry.current()
+    dataset = load_dataset(args.data or args.home.default_dataset)
+    return {"version": str(ref)} | evaluate(ServedModel.load(registry, ref), dataset)
+
+
+def evaluate(model: ServedModel, dataset: Dataset) -> dict[str, Any]:  # Any: JSON
+    """Return the version's figures on the events after the share it was allowed to train on.
+
+    Raises `DataError` when the dataset has items that the version does not know, or nothing after that share.
+    """
+    data = model.state.recipe.section(DataConfig)
+    events, known = dataset.events(), training_events(dataset, data)
+    items = Vocabulary(model.item_ids, model.item_count)
+    users = _all_users(model, events)
+    history = build_history(events, items, users)
+    targets = np.flatnonzero(history.order >= len(known))
+    if not len(targets):
+        raise DataError(f"{dataset.path}: holds no interactions after the first {len(known):,} events")
+    catalogue = Catalogue(item_ID=model.item_ID, user_UD=grow_rows(model.state.rows[USER_ROWS], len(users)))
+    first = np.isin(targets, history.starts)
+    ranks = np.zeros(len(targets), np.int64)
+    ranks[~first] = rank_next_items(model.dense, catalogue, history, targets[~first])
+    ranks[first] = 1 + (model.popularity_I[None] > model.popularity_I[history.item_row[targets[first]], None]).sum(1)
+    return _describe(ranks, history.user_row[targets], set(users.rows(known["user_id"]).tolist())) | _ease(
+        dataset, len(known)
+    )
+
+
+def _all_users(model: ServedModel, events: Any) -> Vocabulary:  # Any: pyarrow.Table
+    known = list(model.state.user_ids)
+    met = set(known)
+    return Vocabulary([*known, *(user for user in events["user_id"].unique().to_pylist() if user not in met)], 2**31)
+
+
+def _describe(ranks: np.ndarray, users: np.ndarray, known_users: set[int]) -> dict[str, Any]:  # Any: JSON
+    warm = np.isin(users, list(known_users))
+    rows = []
+    for name, chosen in (("all", np.ones(len(ranks), bool)), ("warm users", warm), ("cold users", ~warm)):
+        if chosen.any():
+            hit = mean_interval(hit_at_k(ranks[chosen], 10), seed=SEED, groups_N=users[chosen])
+            ndcg = mean_interval(ndcg_at_k(ranks[chosen], 10), seed=SEED, groups_N=users[chosen])
+            rows.append(
+                {"segment": name, "events": int(chosen.sum())} | _row("hit_at_10", hit) | _row("ndcg_at_10", ndcg)
+            )
+    return {"scores": rows}
+
+
+def _row(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _ease(dataset: Dataset, train_events: int) -> dict[str, Any]:  # Any: JSON
+    if dataset.info.items > EASE_ITEM_LIMIT or not set(dataset.info.kinds) <= INTERACTION_KINDS:
+        return {}
+    ease = replay_ease(
+        dataset.events(["user_id", "item_id", "kind"]), train_events=train_events, refit_every=EASE_REFIT_EVERY
+    )
+    return {"ease_refitted": {"hit_at_10": float(ease.hits.mean()), "ndcg_at_10": float(ease.ndcg.mean())}}
