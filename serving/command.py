@@ -12,7 +12,7 @@ from cluster.config import EngineConfig, load_recipe
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
 
-ONLINE_TRAINER = ("training.online", "start_online_trainer")
+ONLINE_TRAINER = ("training.online_actor", "start_online_trainer")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,7 +30,6 @@ def run(args: argparse.Namespace) -> None:
         running_app(recipe, args.home, args.host, args.port) as url,
     ):
         module, function = ONLINE_TRAINER
-        trainer = getattr(importlib.import_module(module), function)(recipe, args.home)
+        _trainer = getattr(importlib.import_module(module), function)(recipe, args.home)  # ends with its handle
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
         threading.Event().wait()
-        del trainer  # the handle keeps the trainer alive until here

@@ -80,6 +80,8 @@ class Refresher:
         self._residents: Residents | None = None
         self._refusal: Refusal | None = None
         self._problems: dict[str, str] = {}
+        self._timed_seq = 0
+        """Last event whose way into the weights has been timed, or came before this replica."""
         self._writing = threading.Lock()
         """Held by whoever makes the next residents; requests only read the reference."""
         self._stopping = threading.Event()
@@ -103,6 +105,7 @@ class Refresher:
         Raises `RegistryError` where there is nothing to serve.
         """
         with self._writing:
+            self._timed_seq = self._log.head_seq()
             self._catalogue.poll()
             live = self._load_base(self._registry.current().version)
             pinned = None
@@ -179,7 +182,7 @@ class Refresher:
         except Exception as error:  # what cannot answer, for whatever reason, is not served
             reached, failure = before, error
         if reached is not before:
-            self._swap(before, reached)
+            self._swap(reached)
         if failure is not None:
             reason = f"{target} is promoted but {reached.name} is served: {failure}"
             self._refusal = Refusal(target=target, reason=reason, retry_s=time.monotonic() + RETRY_REFUSED_S)
@@ -217,14 +220,20 @@ class Refresher:
     def _load_base(self, version: int) -> ServedModel:
         return self._catalogue.lay_over(ServedModel.load(self._registry, VersionRef(version)))
 
-    def _swap(self, before: ServedModel, after: ServedModel) -> None:
-        self._residents = replace(self.residents, live=after, previous=before)
+    def _swap(self, after: ServedModel) -> None:
+        before = self.residents
+        self._residents = replace(before, live=after, previous=before.live)
         self._metrics.count_swap("swapped")
         self._metrics.set_learned_seq(after.learned_seq)
-        now_us, seq = _now_us(), before.learned_seq
-        while seq < after.learned_seq and (events := self._log.read(seq, READ_EVENTS)):
-            self._metrics.observe_freshness([e.acked_us for e in events if e.seq <= after.learned_seq], now_us)
-            seq = events[-1].seq
+        self._time_events(after.learned_seq)
+
+    def _time_events(self, learned_seq: int) -> None:
+        """Observe how long the events that have just become part of the weights took to get there."""
+        now_us = _now_us()
+        while self._timed_seq < learned_seq and (events := self._log.read(self._timed_seq, READ_EVENTS)):
+            learned = [event for event in events if event.seq <= learned_seq]
+            self._metrics.observe_freshness([event.acked_us for event in learned], now_us)
+            self._timed_seq = learned_seq if len(learned) < len(events) else events[-1].seq
 
 
 def _warm_up(model: ServedModel) -> None:

@@ -27,8 +27,10 @@ class RecommendRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     user_id: Identifier
-    k: int = Field(default=10, ge=1, description="Length of the slate; a smaller catalogue gives a shorter one.")
-    min_seq: int | None = Field(default=None, ge=0, description="A sequence number from feedback to reflect.")
+    k: int = Field(
+        default=10, ge=1, le=2**31, description="Length of the slate; a smaller catalogue gives a shorter one."
+    )
+    min_seq: int | None = Field(default=None, ge=0, le=2**62, description="A sequence number from feedback to reflect.")
     arm: str | None = Field(default=None, max_length=100, description="Arm of an experiment; see /v1/versions.")
     exclude: list[Identifier] = Field(default=[], max_length=10_000, description="Items not to recommend.")
     with_text: bool = Field(default=False, description="Whether to return each item's text.")

@@ -1,6 +1,12 @@
+import json
+import signal
 import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from cluster.cli import main
@@ -51,3 +57,27 @@ def test_a_pinned_version_that_is_not_published_is_said(versions, home, capsys):
     code, message = serve(home, capsys, "--set", "serve.pinned_version=7")
     assert code == 4
     assert "7.0 is not published; versions here: 1" in message
+
+
+def test_ctrl_c_ends_the_server_and_everything_it_started(versions, home):
+    flags = ["--home", str(home.path), "--port", str(find_free_port()), "--set", "online.enabled=false", "--json"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "serve", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line, server.communicate()
+        with urllib.request.urlopen(f"{json.loads(line)['url']}/readyz", timeout=10) as response:
+            assert json.load(response)["version"] == "1.0"
+        started = psutil.Process(server.pid).children(recursive=True)
+        server.send_signal(signal.SIGINT)
+        _, messages = server.communicate(timeout=30)
+    finally:
+        server.kill()
+    assert (server.returncode, messages) == (130, "recloop: interrupted\n")
+    assert [process for process in started if process.is_running()] == []

@@ -5,6 +5,7 @@ import pytest
 
 from cluster.catalogue import Item
 from cluster.errors import CorruptVersionError, EngineError, NoVersionError
+from cluster.events import Event
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from serving.catalogue import LiveCatalogue
@@ -37,11 +38,16 @@ def encoder():
 
 
 @pytest.fixture
-def start(versions, log, encoder):
+def metrics():
+    return Metrics()
+
+
+@pytest.fixture
+def start(versions, log, encoder, metrics):
     """Return a function that makes a loaded replica's refresher, as a new process would."""
 
     def start(pinned_version: int | None = None) -> Refresher:
-        refresher = Refresher(versions.registry, log, LiveCatalogue(log, encoder), Metrics(), poll_interval_s=3600)
+        refresher = Refresher(versions.registry, log, LiveCatalogue(log, encoder), metrics, poll_interval_s=3600)
         refresher.load(pinned_version)
         return refresher
 
@@ -138,3 +144,18 @@ def test_the_model_before_the_last_swap_stays_in_memory(versions, start):
 def test_the_same_version_loaded_twice_answers_alike(versions, start):
     versions.publish_delta(seed=1)
     assert slate(start().residents.live) == slate(start().residents.live)
+
+
+def test_each_event_is_timed_once_and_those_before_the_replica_never(versions, log, metrics, start):
+    log.append([Event(user_id="u0", item_id="i2", kind="like", ts_us=0) for _ in range(3)])
+    versions.publish_delta(seed=1, last_seq=2)
+    refresher = start()
+    log.append([Event(user_id="u0", item_id="i3", kind="like", ts_us=0) for _ in range(3)])
+    versions.publish_delta(seed=2, last_seq=5)
+    refresher.follow()
+    assert metrics.recent_freshness()["events"] == 2  # 4 and 5; 6 is not learned yet
+    versions.registry.promote(VersionRef(1, 1), "worse")
+    refresher.follow()
+    versions.registry.promote(VersionRef(1, 2), "better after all")
+    refresher.follow()
+    assert metrics.recent_freshness()["events"] == 2
