@@ -6,7 +6,9 @@ Knows nothing of epochs or versions. DCP reshards on load: a checkpoint of two w
 Names: `tables.TABLE`, `tables.TABLE.momentum`, `dense.PARAMETER`, `dense_optimizer.PARAMETER.FIELD`.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,9 +84,11 @@ def dense_state(optimizers: Optimizers) -> dict[str, torch.Tensor]:
     return state
 
 
-class _quiet(warnings.catch_warnings):
-    """torchrec 1.8 shards with ShardedTensor, which torch 2.13 deprecates on every access."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torchrec 1.8 shards with ShardedTensor, which torch 2.13 deprecates on every access.
         warnings.simplefilter("ignore", FutureWarning)
+        # Reading a checkpoint in a process of its own is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield

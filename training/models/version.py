@@ -181,7 +181,8 @@ def _items_table(items: Sequence[tuple[str, str]]) -> pa.Table:
 def _pairs(rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
     flat = {}
     for name, (index, value) in rows.items():
-        flat[f"{name}.index"], flat[f"{name}.value"] = index, value
+        # Row tensors may share an index; a file's tensors may not share memory.
+        flat[f"{name}.index"], flat[f"{name}.value"] = index.clone(), value
     return flat
 
 
