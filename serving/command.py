@@ -7,12 +7,15 @@ Knows nothing of how requests are answered or how the trainer learns, which it s
 import argparse
 import importlib
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from cluster.config import EngineConfig, load_recipe
+from cluster.config import EngineConfig, Recipe, load_recipe
+from cluster.home import Home
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
 
-ONLINE_TRAINER = ("training.online_actor", "start_online_trainer")
+ONLINE_TRAINER = ("training.online_actor", "running_trainer")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,8 +31,12 @@ def run(args: argparse.Namespace) -> None:
     with (
         ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose),
         running_app(recipe, args.home, args.host, args.port) as url,
+        _online_trainer()(recipe, args.home),
     ):
-        module, function = ONLINE_TRAINER
-        _trainer = getattr(importlib.import_module(module), function)(recipe, args.home)  # ends with its handle
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
         threading.Event().wait()
+
+
+def _online_trainer() -> Callable[[Recipe, Home], AbstractContextManager[object]]:
+    module, function = ONLINE_TRAINER
+    return getattr(importlib.import_module(module), function)

@@ -5,10 +5,12 @@ Knows nothing of how learning works (training/online.py). Crash-only: on any err
 and it goes on after the last published delta.
 """
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from cluster.config import EngineConfig, Recipe
+from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.registry import Registry
@@ -26,6 +29,7 @@ from training.online import OnlineConfig, OnlineLearner
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 1.0
+START_PATIENCE_S = 60.0
 
 
 class OnlineTrainer:
@@ -61,22 +65,10 @@ class OnlineTrainer:
             "validation": learner.guard.metrics(),
         }
 
-    def drain(self, timeout_s: float) -> bool:
-        """Return whether everything in the log was learned and published within the time."""
-        deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
-            if self._ready.is_set() and self._registry_offset() >= self._log.head_seq():
-                return True
-            time.sleep(0.05)
-        return False
-
     def stop(self) -> None:
         """Publish what was learned and end the thread."""
         self._stopping.set()
         self._thread.join()
-
-    def _registry_offset(self) -> int:
-        return self._registry.manifest(self._registry.current()).last_seq
 
     def _run(self) -> None:
         try:
@@ -104,9 +96,21 @@ class OnlineTrainer:
         self._learner.publish()
 
 
-def start_online_trainer(recipe: Recipe, home: Home) -> ActorHandle | None:
-    """Start the actor within an open Ray session, or return none where the recipe turns online training off."""
+@contextlib.contextmanager
+def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle | None]:
+    """Learn from the log while the block lasts; yields none where the recipe turns online training off.
+
+    Call it inside a Ray session, with a version promoted. Raises `EngineError` when the trainer does not take it up.
+    """
     if not recipe.section(OnlineConfig).enabled:
-        return None
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(OnlineTrainer)
-    return actor.remote(recipe.to_toml(), home)
+        yield None
+        return
+    actor_class = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(OnlineTrainer)
+    trainer = actor_class.remote(recipe.to_toml(), home)
+    try:
+        if not ray.get(trainer.wait_ready.remote(START_PATIENCE_S)):
+            raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")
+        yield trainer
+        ray.get(trainer.stop.remote())
+    finally:
+        ray.kill(trainer)

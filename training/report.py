@@ -67,8 +67,10 @@ def summarise(record: ReplayRecord, ease: Replay | None = None) -> Json:
     summary: Json = {metric: _means(of_arm) for metric, of_arm in values.items()}
     summary["ci95"] = {metric: _intervals(of_arm, users) for metric, of_arm in values.items()}
     for name, chosen in (("warm_users", ~record.cold), ("cold_users", record.cold)):
-        segment = {metric: _means({a: v[chosen] for a, v in of_arm.items()}) for metric, of_arm in values.items()}
-        summary[name] = {"events": int(chosen.sum())} | (segment if chosen.any() else {})
+        summary[name] = {"events": int(chosen.sum())}
+        if chosen.any():
+            for metric, of_arm in values.items():
+                summary[name][metric] = _means({arm: found[chosen] for arm, found in of_arm.items()})
     if ease is not None:
         summary["ease"] = {"hit_at_10": float(ease.hits.mean()), "ndcg_at_10": float(ease.ndcg.mean())}
     summary["freshness_ms"] = {

@@ -45,8 +45,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
         trained = _stage("training.trainer:train_on_ray")(recipe, dataset, home)
         version = _stage("training.publish:publish_run")(trained, registry)
         _say(f"published version {version}")
-        with _stage("serving.app:running_app")(recipe, home, args.host, args.port) as url:
-            trainer = _stage("training.online_actor:start_online_trainer")(recipe, home)
+        with (
+            _stage("serving.app:running_app")(recipe, home, args.host, args.port) as url,
+            _stage("training.online_actor:running_trainer")(recipe, home),
+        ):
             _say(f"serving at {url}; replaying live traffic")
             summary = _stage("training.report:replay_and_report")(url, recipe, dataset, args.home.reports, args.events)
             summary |= _audit(registry, home, summary["events"]) | {"seconds": round(time.monotonic() - started_s, 1)}
@@ -54,7 +56,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
                 print_result(summary, as_json=True)
                 _say(f"the server stays up at {url} (see {url}/docs); Ctrl-C ends it")
                 threading.Event().wait()
-            del trainer  # its handle keeps the trainer alive until here
     if summary["lost"] or summary["applied_twice"]:
         print_result(summary, as_json=True)
         raise GateError(f"{summary['lost']} events lost, {summary['applied_twice']} applied twice")
