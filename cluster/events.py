@@ -116,7 +116,7 @@ def _identifier(name: str, value: object) -> str:
         raise InvalidEventError(name, "must be a non-empty string")
     if len(value) > MAX_ID_CHARS:
         raise InvalidEventError(name, f"has {len(value):,} characters; at most {MAX_ID_CHARS:,}")
-    if "\x00" in value or not value.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+    if "\x00" in value or (not value.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in value)):
         raise InvalidEventError(name, "holds a NUL or a lone surrogate")
     return value
 
@@ -141,5 +141,5 @@ def _context(value: object) -> dict[str, str]:
         raise InvalidEventError("context", f"must be an object of at most {MAX_CONTEXT_ENTRIES} entries")
     for key, entry in value.items():
         if not isinstance(key, str) or not isinstance(entry, str) or len(key) + len(entry) > MAX_ID_CHARS:
-            raise InvalidEventError("context", f"entries must be short strings; {str(key):.40} is not")
+            raise InvalidEventError("context", f"entries must be short strings; {key!s:.40} is not")
     return dict(value)

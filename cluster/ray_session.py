@@ -90,6 +90,7 @@ def serve_http(host: str, port: int) -> None:
     from ray import serve
 
     assert_port_free(host, port)
+    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").level)  # its import has made it talkative
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
 
 

@@ -64,7 +64,7 @@ class TextEncoder:
             digest.update(self.location.encode())
         return digest.hexdigest()[:16]
 
-    def encode(self, texts: Sequence[str], on_progress: Callable[[int], None] | None = None) -> np.ndarray:
+    def encode(self, texts: Sequence[str], on_progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Return one vector a text, float32 [n, E]; an empty text has the zero vector.
 
         `on_progress` is called with the number of texts done since the last call. Raises `EngineError` when the

@@ -4,6 +4,9 @@ In:  external ids (strings).  Out: rows (int64), -1 for an id that has none.
 Knows nothing of what a row holds. Rows are handed out in order of first sight and are never reused here.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 from collections.abc import Iterable, Sequence
 
 import numpy as np

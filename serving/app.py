@@ -24,7 +24,8 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import EngineConfig, Recipe
+from cluster.config import Recipe
+from cluster.engine import open_registry
 from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.log import EventLog
@@ -127,11 +128,6 @@ def running_app(recipe: Recipe, home: Home, host: str, port: int) -> Iterator[st
         yield url
     finally:
         serve.delete(APP_NAME)
-
-
-def open_registry(recipe: Recipe, home: Home) -> Registry:
-    """Return the registry that the recipe names, or the home's."""
-    return Registry(recipe.section(EngineConfig).registry_uri or home.registry)
 
 
 def seed_history(registry: Registry, home: Home) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from cluster.config import EngineConfig, Recipe, load_recipe
+from cluster.engine import open_registry
 from cluster.home import Home
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Check, start, say where, wait."""
     recipe = load_recipe(args.recipe, args.overrides)
     assert_port_free(args.host, args.port)
-    from serving.app import open_registry, running_app  # Ray Serve and torch: a wrong flag does not wait for them
+    from serving.app import running_app  # Ray Serve and torch: a wrong flag does not wait for them
     from serving.config import ServeConfig
     from serving.preflight import check_version
 

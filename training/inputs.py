@@ -7,6 +7,9 @@ Knows nothing of models or workers.
                      0                       train_fraction · (1 − validation_fraction)   train_fraction
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 from dataclasses import dataclass
 from pathlib import Path
 

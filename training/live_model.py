@@ -1,4 +1,4 @@
-"""A version taken up for further training: sharded model, vocabularies that grow, and what changed since the last delta.
+"""A version taken up for further training: sharded model, growing vocabularies, what changed since the last delta.
 
 In:  a `VersionState`.  Out: a `Change` for the next delta; a `VersionState` for the next version.
 Knows nothing of events, of the log or of when to publish. Needs a process group of one worker.

@@ -45,10 +45,10 @@ class OnlineConfig:
     """Learning rate of the tables as a share of their batch rate."""
     clip_norm: float = 1.0
     batch_targets: int = 4096
-    """Targets of a step in batch training. An event weighs here what it weighed there, as the optimisers' state asks."""
+    """Targets of a step in batch training: an event weighs here what it weighed there, as optimiser state asks."""
     max_events: int = 64
     """Events a step; a step takes what has come, up to so many."""
-    rehearsal_sequences: int = 16
+    rehearsal_sequences: int = 4
     """Sequences of the version's own history mixed into a step, against forgetting."""
     rehearsal_length: int = 50
     publish_interval_ms: int = 500

@@ -105,8 +105,8 @@ def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle | None]:
     if not recipe.section(OnlineConfig).enabled:
         yield None
         return
-    actor_class = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(OnlineTrainer)
-    trainer = actor_class.remote(recipe.to_toml(), home)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}
+    trainer = ray.remote(OnlineTrainer).options(**options).remote(recipe.to_toml(), home)
     try:
         if not ray.get(trainer.wait_ready.remote(START_PATIENCE_S)):
             raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.config import EngineConfig, Recipe
+from cluster.config import Recipe
 from cluster.dataset import load_dataset
+from cluster.engine import open_registry
 from cluster.errors import DataError
 from cluster.home import Home
 from cluster.registry import Registry, VersionRef
@@ -51,11 +52,6 @@ def latest_run(home: Home) -> Path:
 def read_recipe(folder: Path) -> Recipe:
     """Return the resolved recipe that a run was trained with."""
     return Recipe.from_toml((folder / RECIPE_FILE).read_text())
-
-
-def open_registry(recipe: Recipe, home: Home) -> Registry:
-    """Return the registry that the recipe names, or the home folder's."""
-    return Registry(recipe.section(EngineConfig).registry_uri or home.ensure().registry)
 
 
 def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from training.baselines.ease import Replay, replay_ease
 from training.evaluation.metrics import difference_interval, hit_at_k, mean_interval, ndcg_at_k, running_mean
 from training.replay import SLATE, ReplayRecord, known_users, list_arms, replay, split_for_replay
 from training.stream import DataConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS = {"hit_at_10": hit_at_k, "ndcg_at_10": ndcg_at_k}
 CONTRASTS = (("live", "frozen"), ("live", "state"), ("state", "frozen"))
@@ -138,7 +141,7 @@ def _intervals(values_by_arm: Mapping[str, np.ndarray], users: np.ndarray) -> di
     return {name: [interval.low, interval.high] for name, interval in intervals.items()}
 
 
-def _draw_curve(axis: Any, arm: str, values: np.ndarray, users: np.ndarray) -> None:  # Any: matplotlib Axes
+def _draw_curve(axis: "Axes", arm: str, values: np.ndarray, users: np.ndarray) -> None:
     interval = mean_interval(values, seed=SEED, groups_N=users)
     (line,) = axis.plot(running_mean(values), label=f"{arm}  {values.mean():.4f}")
     axis.errorbar(
@@ -150,7 +153,7 @@ def _draw_curve(axis: Any, arm: str, values: np.ndarray, users: np.ndarray) -> N
     )
 
 
-def _draw_segments(axis: Any, record: ReplayRecord, users: np.ndarray) -> None:
+def _draw_segments(axis: "Axes", record: ReplayRecord, users: np.ndarray) -> None:
     segments = {"warm users": ~record.cold, "cold users": record.cold}
     width = 0.8 / max(len(record.ranks), 1)
     for offset, (arm, ranks) in enumerate(record.ranks.items()):

@@ -7,7 +7,7 @@ Table rows are updated inside backward by TorchRec's fused row-wise Adagrad, den
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -58,12 +58,12 @@ class Optimizers:
 
     def scale_table_rate(self, factor: float) -> None:
         """Set the tables' learning rate alone to `factor` times the recipe's."""
-        for group in self.fused.param_groups:
+        for group in cast("list[dict[str, Any]]", self.fused.param_groups):
             group["lr"] *= factor
         self.fused.step()
 
-    def _groups(self) -> list[dict[str, float]]:
-        return [*self.fused.param_groups, *self.dense.param_groups]
+    def _groups(self) -> list[dict[str, Any]]:  # Any: torch's own type of a group
+        return [*cast("list[dict[str, Any]]", self.fused.param_groups), *self.dense.param_groups]
 
 
 def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -8,6 +8,9 @@ Knows nothing of the model. No per-row Python: windows are cut with array arithm
                                      an epoch's windows cover every interaction as a target once
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -15,7 +15,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from cluster.progress import progress
 from cluster.ray_session import ray_session
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.step import StepConfig
+
+if TYPE_CHECKING:
+    from ray.train import Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +130,7 @@ def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
         return encoder.encode(texts, on_progress=bar.update)
 
 
-def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> Any:  # Any: ray.train.Result, imported late
+def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> "Result":
     import torch
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from cluster.config import EngineConfig, Recipe, load_recipe
+from cluster.config import EngineConfig, load_recipe
 from cluster.dataset import Dataset, load_dataset
 from cluster.errors import GateError
 from cluster.home import Home

@@ -8,7 +8,9 @@ import argparse
 import urllib.error
 import urllib.request
 
-from cluster.commands.versions import current_or_none, open_registry
+from cluster.commands.versions import current_or_none
+from cluster.config import load_recipe
+from cluster.engine import open_registry
 from cluster.errors import ConfigError
 from cluster.home import Home
 from cluster.log import EventLog
@@ -22,7 +24,7 @@ def run(args: argparse.Namespace) -> Result:
     """Look at everything, change nothing."""
     return {
         "home": str(args.home.path),
-        **_describe_registry(open_registry(args)),
+        **_describe_registry(open_registry(load_recipe(args.recipe, args.overrides), args.home)),
         **_describe_log(args.home),
         "server": args.url,
         "server_answers": _probe(args.url),

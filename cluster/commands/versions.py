@@ -7,7 +7,8 @@ Knows nothing of what a version holds.
 import argparse
 import datetime
 
-from cluster.config import EngineConfig, load_recipe
+from cluster.config import load_recipe
+from cluster.engine import open_registry
 from cluster.errors import ConfigError, NoVersionError, RegistryError
 from cluster.manifest import Manifest, VersionRef
 from cluster.output import Result
@@ -16,7 +17,7 @@ from cluster.registry import Registry
 
 def run(args: argparse.Namespace) -> Result:
     """Do what `args.action` says."""
-    registry = open_registry(args)
+    registry = open_registry(load_recipe(args.recipe, args.overrides), args.home)
     if args.action == "list":
         return _list(registry)
     if args.action == "rollback":
@@ -24,12 +25,6 @@ def run(args: argparse.Namespace) -> Result:
     if not args.version:
         raise ConfigError("versions promote: name the version; try `recloop versions promote 1`")
     return _promote(registry, VersionRef.parse(args.version), args.reason)
-
-
-def open_registry(args: argparse.Namespace) -> Registry:
-    """Return the registry that the recipe names, else the home's."""
-    engine = load_recipe(args.recipe, args.overrides).section(EngineConfig)
-    return Registry(engine.registry_uri or args.home.registry)
 
 
 def current_or_none(registry: Registry) -> VersionRef | None:

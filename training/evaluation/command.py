@@ -8,9 +8,11 @@ import argparse
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cluster.config import load_recipe
 from cluster.dataset import Dataset, load_dataset
+from cluster.engine import open_registry
 from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS
 from cluster.registry import VersionRef
@@ -18,10 +20,9 @@ from embeddings.vocabulary import Vocabulary
 from training.baselines.ease import replay_ease
 from training.evaluation.metrics import Interval, hit_at_k, mean_interval, ndcg_at_k
 from training.evaluation.next_item import Catalogue, rank_next_items
-from training.inputs import build_user_vocabulary, training_events
+from training.inputs import training_events
 from training.models.served import ServedModel
 from training.models.version import USER_ROWS, grow_rows
-from training.publish import open_registry
 from training.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
 from training.stream import DataConfig, build_history
 
@@ -59,7 +60,7 @@ def evaluate(model: ServedModel, dataset: Dataset) -> dict[str, Any]:  # Any: JS
     )
 
 
-def _all_users(model: ServedModel, events: Any) -> Vocabulary:  # Any: pyarrow.Table
+def _all_users(model: ServedModel, events: pa.Table) -> Vocabulary:
     known = list(model.state.user_ids)
     met = set(known)
     return Vocabulary([*known, *(user for user in events["user_id"].unique().to_pylist() if user not in met)], 2**31)

@@ -52,6 +52,7 @@ class InteractionEmbedding(nn.Module):
         ts_BL: torch.Tensor,
         present_BL: torch.Tensor,
     ) -> torch.Tensor:
+        """Return the encoder's inputs, [B, L, D]."""
         length = item_BLD.shape[1]
         age_L = torch.arange(length - 1, -1, -1, device=item_BLD.device)
         bucket_BL = (value_BL.nan_to_num(-0.5) * 2 + 1).round().clamp(0, VALUE_BUCKETS - 1).long()
@@ -68,6 +69,7 @@ class PoolEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
+        """Return the projected mean of positions 0..l for each l, [B, L, D]."""
         weight_BL1 = present_BL.unsqueeze(-1).to(inputs_BLD.dtype)
         count_BL1 = weight_BL1.cumsum(1).clamp(min=1)
         return self.norm(self.project((inputs_BLD * weight_BL1).cumsum(1) / count_BL1))
@@ -82,6 +84,7 @@ class LSTMEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
+        """Return the last layer's state after each position, [B, L, D]."""
         output_BLD, _ = self.lstm(inputs_BLD * present_BL.unsqueeze(-1))
         return self.norm(output_BLD)
 
@@ -95,6 +98,7 @@ class TransformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
+        """Return each position's attention over those up to it, [B, L, D]."""
         length = inputs_BLD.shape[1]
         square = torch.ones(length, length, dtype=torch.bool, device=inputs_BLD.device)
         # A padded position attends to itself, or its softmax would be over nothing.

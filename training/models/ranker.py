@@ -47,6 +47,7 @@ class ConcatInteraction(nn.Module):
         self.width = 3 * dim
 
     def forward(self, user_D: torch.Tensor, item_D: torch.Tensor) -> torch.Tensor:
+        """Return [u, v, u⊙v], […, 3D]."""
         return torch.cat([user_D, item_D, user_D * item_D], dim=-1)
 
 
@@ -59,6 +60,7 @@ class CrossInteraction(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(layers))
 
     def forward(self, user_D: torch.Tensor, item_D: torch.Tensor) -> torch.Tensor:
+        """Return the crossed features, […, 2D]."""
         first = crossed = torch.cat([user_D, item_D], dim=-1)
         for layer in self.layers:
             crossed = first * layer(crossed) + crossed
@@ -74,6 +76,7 @@ class BilinearInteraction(nn.Module):
         self.weight = nn.Linear(dim, dim, bias=False)
 
     def forward(self, user_D: torch.Tensor, item_D: torch.Tensor) -> torch.Tensor:
+        """Return (W u) ⊙ v, […, D]."""
         return self.weight(user_D) * item_D
 
 

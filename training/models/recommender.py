@@ -28,6 +28,7 @@ class Recommender(nn.Module):
         self.dense = dense
 
     def forward(self, batch: Batch) -> Losses:
+        """Collective. Look the batch's rows up and return its losses."""
         # Collective: rows are exchanged between the workers that hold them and those that need them.
         rows = self.tables(build_lookup({ITEM: batch.item_rows_N, USER: batch.user_row_B}))
         return self.dense(batch, rows[ITEM].values(), rows[USER].values())

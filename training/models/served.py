@@ -55,7 +55,7 @@ class ServedModel:
     dense: TwoStage
     put: Mapping[str, tuple[str, np.ndarray]]
     """Items put since: id to text and encoder vector; those without a row come last, in this order."""
-    item_ids: Sequence[str]
+    item_ids: list[str]
     index_of: dict[str, int]
     item_ID: torch.Tensor
     unit_ID: torch.Tensor

@@ -125,6 +125,7 @@ class TwoStage(nn.Module):
         return heads[CLICK] + self.config.rating_weight * heads[RATING]
 
     def forward(self, batch: Batch, row_ND: torch.Tensor, user_row_BD: torch.Tensor) -> Losses:
+        """Return the losses of a batch, given the table rows that it lists."""
         item_ND = self.item_vectors(row_ND, batch.text_NE)
         user_BLD = self.user_vectors(
             item_ND[batch.history_BL],

@@ -37,9 +37,9 @@ class VersionState:
     recipe: Recipe
     learned_seq: int
     """Newest event of the log that it has learned."""
-    item_ids: Sequence[str]
-    item_texts: Sequence[str]
-    user_ids: Sequence[str]
+    item_ids: list[str]
+    item_texts: list[str]
+    user_ids: list[str]
     rows: Mapping[str, torch.Tensor]
     """By `ROW_TENSORS`."""
     dense: Mapping[str, torch.Tensor]
@@ -64,9 +64,17 @@ class Change:
 class Draft(Protocol):
     """A version or delta being written."""
 
-    def add_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None: ...
-    def add_table(self, name: str, table: pa.Table) -> None: ...
-    def add_text(self, file_name: str, text: str) -> None: ...
+    def add_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write NAME.safetensors."""
+        ...
+
+    def add_table(self, name: str, table: pa.Table) -> None:
+        """Write NAME.parquet."""
+        ...
+
+    def add_text(self, file_name: str, text: str) -> None:
+        """Write a text file."""
+        ...
 
 
 def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
