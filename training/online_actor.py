@@ -97,7 +97,7 @@ class OnlineTrainer:
 
 
 @contextlib.contextmanager
-def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle | None]:
+def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle[OnlineTrainer] | None]:
     """Learn from the log while the block lasts; yields none where the recipe turns online training off.
 
     Call it inside a Ray session, with a version promoted. Raises `EngineError` when the trainer does not take it up.
@@ -105,8 +105,8 @@ def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle | None]:
     if not recipe.section(OnlineConfig).enabled:
         yield None
         return
-    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}
-    trainer = ray.remote(OnlineTrainer).options(**options).remote(recipe.to_toml(), home)
+    actor_class: Any = ray.remote(OnlineTrainer)  # Any: Ray's types do not say what a decorated class offers
+    trainer = actor_class.options(num_cpus=0, max_restarts=-1, max_concurrency=4).remote(recipe.to_toml(), home)
     try:
         if not ray.get(trainer.wait_ready.remote(START_PATIENCE_S)):
             raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")

@@ -112,12 +112,15 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
     np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
     result = _fit(recipe, dataset, folder)
+    checkpoint, metrics = result.checkpoint, result.metrics
+    assert checkpoint is not None  # workers report one after each epoch
+    assert metrics is not None
     trained = TrainedRun(
         folder=str(folder),
         dataset=str(Path(dataset.path).resolve()),
-        checkpoint=result.checkpoint.path,
+        checkpoint=checkpoint.path,
         encoder_fingerprint=encoder.fingerprint,
-        metrics=result.metrics,
+        metrics=dict(metrics),
     )
     (folder / RUN_FILE).write_text(json.dumps(asdict(trained), indent=1))
     return trained
