@@ -10,6 +10,7 @@ so no event is learned twice and none is left out. When the guard objects, the l
 and its range is set aside on record. When someone moved the pointer, learning continues from where it points.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from cluster.errors import ConfigError
 from cluster.events import INTERACTION_KINDS
 from cluster.log import EventLog, LoggedEvent
 from cluster.registry import Registry, VersionRef
-from embeddings.batch import PAD, Sequences, build_batch
+from embeddings.batch import PAD, build_batch
 from embeddings.text_encoder import TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.guard import GuardConfig, ProgressiveValidation
@@ -51,6 +52,10 @@ class OnlineConfig:
     rehearsal_sequences: int = 4
     """Sequences of the version's own history mixed into a step, against forgetting."""
     rehearsal_length: int = 50
+    recent_sequences: int = 8
+    """Sequences of users met lately mixed into a step, their live interactions as targets once more."""
+    recent_users: int = 256
+    """Users met lately that these are drawn from."""
     publish_interval_ms: int = 500
     """Least time between deltas."""
     poll_interval_ms: int = 50
@@ -64,11 +69,19 @@ class OnlineConfig:
         for name in ("learning_rate", "table_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be above 0")
-        for name in ("max_events", "rehearsal_length", "publish_interval_ms", "poll_interval_ms", "compact_every"):
+        for name in (
+            "max_events",
+            "rehearsal_length",
+            "recent_users",
+            "publish_interval_ms",
+            "poll_interval_ms",
+            "compact_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be at least 1")
-        if self.rehearsal_sequences < 0:
-            raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
+        for name in ("rehearsal_sequences", "recent_sequences"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"online.{name}={getattr(self, name)}: must be 0 or more")
 
 
 class OnlineLearner:
@@ -93,6 +106,7 @@ class OnlineLearner:
         self.history_table = self.registry.open_version(ref.version).table("history")
         self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
+        self._recent: deque[str] = deque(maxlen=self.config.recent_users)
         self._item_seq = 0
         self.events_total = int(self.registry.manifest(ref).metrics.get("events_total", 0))
         self._start_delta()
@@ -112,7 +126,7 @@ class OnlineLearner:
         if histories:
             sequences = build_live_sequences(histories, self.live.items)
             self.guard.record(*self.live.predict(sequences))
-            self._train(sequences)
+            self._train(histories)
         self.applied_seq = events[-1].seq
         self.pending_events += len(events)
 
@@ -196,24 +210,28 @@ class OnlineLearner:
         seqs_of: dict[str, list[int]] = {}
         for logged in interactions:
             seqs_of.setdefault(logged.event.user_id, []).append(logged.seq)
-        histories = []
-        for user_id, seqs in seqs_of.items():
-            state = self.log.user_state(user_id, self.live.dense.config.max_history + 1, before_seq=seqs[-1] + 1)
-            known = [entry for entry in state.history if self.live.items.row(entry.item_id) != UNKNOWN_ROW]
-            if len(known) > 1 and known[-1].seq >= seqs[0]:
-                histories.append(LiveHistory(self.live.users.row(user_id), known, first_new_seq=seqs[0]))
-        return histories
+        found = [self._history(user_id, first_new_seq=seqs[0], last_seq=seqs[-1]) for user_id, seqs in seqs_of.items()]
+        self._recent.extend(seqs_of)
+        return [history for history in found if history is not None]
 
-    def _train(self, sequences: Sequences) -> None:
-        if self.config.rehearsal_sequences:
-            windows = cut_windows(self._rehearsal, self.config.rehearsal_length, self._rng)
-            chosen = np.arange(min(self.config.rehearsal_sequences, len(windows)))
-            if len(chosen):
-                sequences = join_sequences(sequences, build_sequences(self._rehearsal, windows.pick(chosen)))
-        if (sequences.target_row_BL == PAD).all():
-            return
-        known = len(self.live.items)
-        sampler = NegativeSampler(self.live.counts[:known], self.data.negative_power)
+    def _history(self, user_id: str, first_new_seq: int, last_seq: int) -> LiveHistory | None:
+        state = self.log.user_state(user_id, self.live.dense.config.max_history + 1, before_seq=last_seq + 1)
+        known = [entry for entry in state.history if self.live.items.row(entry.item_id) != UNKNOWN_ROW]
+        if len(known) < 2 or known[-1].seq < first_new_seq:
+            return None
+        return LiveHistory(self.live.users.row(user_id), known, first_new_seq)
+
+    def _train(self, new: list[LiveHistory]) -> None:
+        """Take one step on the new interactions, with some of the stream's and of the version's history again."""
+        drawn = self._rng.integers(0, len(self._recent), self.config.recent_sequences) if self._recent else []
+        last_seq = new[-1].interactions[-1].seq
+        again = [self._history(self._recent[i], first_new_seq=1, last_seq=last_seq) for i in drawn]
+        sequences = build_live_sequences([*new, *(h for h in again if h is not None)], self.live.items)
+        windows = cut_windows(self._rehearsal, self.config.rehearsal_length, self._rng)
+        chosen = np.arange(min(self.config.rehearsal_sequences, len(windows)))
+        if len(chosen):
+            sequences = join_sequences(sequences, build_sequences(self._rehearsal, windows.pick(chosen)))
+        sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data.negative_power)
         negatives = sampler.draw(self.data.negatives, self._rng)
-        loss_scale = (sequences.target_row_BL != PAD).sum() / self.config.batch_targets
-        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q), float(loss_scale))
+        loss_scale = float((sequences.target_row_BL != PAD).sum() / self.config.batch_targets)
+        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q), loss_scale)

@@ -32,6 +32,7 @@ EASE_REFIT_EVERY = 500
 EASE_ITEM_LIMIT = 20_000
 """EASE inverts an items × items matrix; larger catalogues are reported without it."""
 PICTURE = "replay.png"
+UNSTEADY_EVENTS = 100
 
 Json = dict[str, Any]  # Any: whatever JSON holds
 
@@ -114,8 +115,9 @@ def draw(record: ReplayRecord, ease: Replay | None, path: Path) -> None:
         for arm, ranks in record.ranks.items():
             _draw_curve(axis, arm, compute(ranks, SLATE), users)
         if ease is not None:
-            other = running_mean(ease.hits if metric == "hit_at_10" else ease.ndcg)
-            axis.plot(other, label="EASE, refitted", color="grey", linestyle="--", linewidth=1)
+            other = ease.hits if metric == "hit_at_10" else ease.ndcg
+            label = f"EASE, refitted  {other.mean():.4f}"
+            axis.plot(_curve(other), label=label, color="grey", linestyle="--", linewidth=1)
         axis.set(title=f"Cumulative {metric.replace('_at_', '@')}", xlabel="events replayed", ylim=(0, None))
         axis.legend(frameon=False)
     _draw_segments(axes[-1], record, users)
@@ -143,7 +145,7 @@ def _intervals(values_by_arm: Mapping[str, np.ndarray], users: np.ndarray) -> di
 
 def _draw_curve(axis: "Axes", arm: str, values: np.ndarray, users: np.ndarray) -> None:
     interval = mean_interval(values, seed=SEED, groups_N=users)
-    (line,) = axis.plot(running_mean(values), label=f"{arm}  {values.mean():.4f}")
+    (line,) = axis.plot(_curve(values), label=f"{arm}  {values.mean():.4f}")
     axis.errorbar(
         len(values),
         interval.mean,
@@ -151,6 +153,13 @@ def _draw_curve(axis: "Axes", arm: str, values: np.ndarray, users: np.ndarray) -
         color=line.get_color(),
         capsize=4,
     )
+
+
+def _curve(values: np.ndarray) -> np.ndarray:
+    """Return the running mean, blank while it rests on too few events to be drawn to scale."""
+    curve = running_mean(values)
+    curve[: min(UNSTEADY_EVENTS, len(curve) - 1)] = np.nan
+    return curve
 
 
 def _draw_segments(axis: "Axes", record: ReplayRecord, users: np.ndarray) -> None:
