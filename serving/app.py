@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -25,8 +26,9 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Recipe
+from cluster.dataset import Dataset
 from cluster.engine import open_registry
-from cluster.errors import EngineError
+from cluster.errors import DataError, EngineError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.ray_session import serve_http
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 APP_NAME = "recloop"
 HISTORY_TABLE = "history"
 HISTORY_SEED_NAME = "training-history"
+DATASET_SEED_NAME = "dataset-after-training"
 READY_PATIENCE_S = 60.0
 READY_POLL_S = 0.05
 
@@ -111,15 +114,17 @@ class Ingress:
 
 
 @contextlib.contextmanager
-def running_app(recipe: Recipe, home: Home, host: str, port: int) -> Iterator[str]:
+def running_app(recipe: Recipe, home: Home, host: str, port: int, dataset: Dataset | None = None) -> Iterator[str]:
     """Serve the promoted version while the block lasts; yield the base URL. Call it inside a Ray session.
+
+    With the dataset it was trained on, users' histories also hold the events that training did not see.
 
     Raises `NoVersionError`, `CorruptVersionError`, `PortTakenError`, or `EngineError` where replicas do not start.
     """
     registry = open_registry(recipe, home)
     config = _resolve(recipe.section(ServeConfig), registry)
     home.ensure()
-    seed_history(registry, home)
+    seed_history(registry, home, dataset)
     serve_http(host, port)
     try:
         _deploy(_build_app(recipe, home, registry, config))
@@ -130,11 +135,23 @@ def running_app(recipe: Recipe, home: Home, host: str, port: int) -> Iterator[st
         serve.delete(APP_NAME)
 
 
-def seed_history(registry: Registry, home: Home) -> None:
-    """Give the log's user state what the promoted version was trained on, once."""
-    reader = registry.open_version(registry.current().version)
+def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None) -> None:
+    """Give the log's user state what the promoted version was trained on, once, and the rest of the dataset, once.
+
+    Raises `DataError` when the version was trained on another dataset.
+    """
+    history = registry.open_version(registry.current().version).table(HISTORY_TABLE)
     with EventLog(home.log) as log:
-        log.seed_history(HISTORY_SEED_NAME, reader.table(HISTORY_TABLE))
+        log.seed_history(HISTORY_SEED_NAME, history)
+        if dataset is not None:
+            log.seed_history(DATASET_SEED_NAME, _events_after(history, dataset))
+
+
+def _events_after(history: pa.Table, dataset: Dataset) -> pa.Table:
+    events = dataset.events()
+    if events["event_id"].slice(0, len(history)) != history["event_id"]:
+        raise DataError(f"{dataset.path}: is not the dataset that the promoted version was trained on")
+    return events.slice(len(history))
 
 
 def _resolve(config: ServeConfig, registry: Registry) -> ServeConfig:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from cluster.config import EngineConfig, Recipe, load_recipe
+from cluster.dataset import load_dataset
 from cluster.engine import open_registry
 from cluster.home import Home
 from cluster.output import print_result
@@ -28,10 +29,11 @@ def run(args: argparse.Namespace) -> None:
     from serving.preflight import check_version
 
     version = check_version(open_registry(recipe, args.home), recipe.section(ServeConfig).pinned_version)
+    dataset = load_dataset(args.data) if args.data else None
     engine = recipe.section(EngineConfig)
     with (
         ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose),
-        running_app(recipe, args.home, args.host, args.port) as url,
+        running_app(recipe, args.home, args.host, args.port, dataset) as url,
         _online_trainer()(recipe, args.home),
     ):
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)

@@ -114,7 +114,7 @@ def _serve(commands: Commands) -> _Parser:
     summary = "serve the promoted version over HTTP until Ctrl-C, learning from feedback"
     parser = _command(commands, "serve", "serving.command:run", summary, "", "--port 9000", "--data data/shop")
     _add_address_flags(parser)
-    _add_data_flag(parser)
+    parser.add_argument("--data", metavar="DIR", help="also know what users did in this dataset after training's share")
     return parser
 
 
