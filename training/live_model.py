@@ -101,13 +101,14 @@ class LiveModel:
         return losses
 
     @torch.inference_mode()
-    def predict(self, sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-        """Return the log loss of each target under the present weights and under those it started from."""
-        text_IE = torch.from_numpy(self.text[: len(self.items)]).to(self.device)
-        return (
-            _target_losses(self.dense.eval(), self._rows, text_IE, sequences),
-            _target_losses(self._base, self._base_rows, text_IE, sequences),
-        )
+    def predict(self, sequences: Sequences) -> np.ndarray:
+        """Return the log loss of each target under the present weights."""
+        return _target_losses(self.dense.eval(), self._rows, self._known_text(), sequences)
+
+    @torch.inference_mode()
+    def predict_base(self, sequences: Sequences) -> np.ndarray:
+        """Return the log loss of each target under the weights it started from."""
+        return _target_losses(self._base, self._base_rows, self._known_text(), sequences)
 
     @torch.no_grad()
     def change(self) -> Change:
@@ -152,6 +153,9 @@ class LiveModel:
         }
         momentum = {name: tensor for name, tensor in whole.items() if name.endswith(".momentum")}
         return rows, dense, momentum | moments
+
+    def _known_text(self) -> torch.Tensor:
+        return torch.from_numpy(self.text[: len(self.items)]).to(self.device)
 
     def _dense_and_moments(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         return split_checkpoint({name: t.detach().cpu().clone() for name, t in dense_state(self.optimizers).items()})[

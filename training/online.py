@@ -6,8 +6,9 @@ Knows nothing of HTTP or processes: training/online_actor.py drives it.
     read events ─▶ predict them (progressive validation) ─▶ train_step with some old sequences ─▶ guard ─▶ delta
 
 Weights, optimiser and offset are one delta, published in one step: after a crash learning goes on from the last one,
-so no event is learned twice and none is left out. When the guard objects, the learning since the last delta is undone
-and its range is set aside on record. When someone moved the pointer, learning continues from where it points.
+so no event is learned twice and none is left out. When someone moved the pointer, learning continues from where it
+points. What the guard objects to is undone and its range set aside on record: a step that ruined the weights, before
+anyone is served by it; learning that predicts worse than the base, back to the delta before the window that shows it.
 """
 
 from collections import deque
@@ -21,7 +22,7 @@ from cluster.errors import ConfigError
 from cluster.events import INTERACTION_KINDS
 from cluster.log import EventLog, LoggedEvent
 from cluster.registry import Registry, VersionRef
-from embeddings.batch import PAD, build_batch
+from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.text_encoder import TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.guard import GuardConfig, ProgressiveValidation
@@ -103,6 +104,7 @@ class OnlineLearner:
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed)
         self.guard = ProgressiveValidation(state.recipe.section(GuardConfig))
+        self._good = deque([(ref, 0)])
         self.history_table = self.registry.open_version(ref.version).table("history")
         self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
@@ -113,6 +115,7 @@ class OnlineLearner:
 
     def _start_delta(self) -> None:
         self.pending_events = 0
+        self._newest: tuple[Sequences, np.ndarray] | None = None
         self._first_seq = self.applied_seq + 1
         self.live.mark_published()
 
@@ -125,7 +128,8 @@ class OnlineLearner:
         histories = self._histories(interactions)
         if histories:
             sequences = build_live_sequences(histories, self.live.items)
-            self.guard.record(*self.live.predict(sequences))
+            self._newest = sequences, self.live.predict_base(sequences)
+            self.guard.record(self.live.predict(sequences), self._newest[1])
             self._train(histories)
         self.applied_seq = events[-1].seq
         self.pending_events += len(events)
@@ -140,10 +144,13 @@ class OnlineLearner:
             return None
         if not self.pending_events:
             return None
-        objection = self.guard.objection()
-        if objection is not None:
-            return self._set_aside(objection)
-        ref = self._publish_delta(self.live.change(), {"validation": self.guard.metrics()})
+        change = self.live.change()
+        if (damage := self._damage(change)) is not None:
+            return self._set_aside(damage)
+        if (objection := self.guard.objection()) is not None:
+            return self._roll_back(objection)
+        ref = self._publish_delta(change, {"validation": self.guard.metrics()})
+        self._good.append((ref, self.guard.recorded))
         if ref.delta >= self.config.compact_every:
             self._publish_version({"compacted": str(ref)})
         return ref
@@ -177,6 +184,17 @@ class OnlineLearner:
         self.ref = draft.publish(offset=self.applied_seq, metrics=metrics, parent=self.ref)
         self._start_delta()
 
+    def _damage(self, change: Change) -> str | None:
+        """Return why the learning since the last delta ruined the weights, or none."""
+        pairs = [*change.rows.values(), *change.optimizer_rows.values()]
+        tensors = [*(value for _, value in pairs), *change.dense.values(), *change.optimizer.values()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            return "a weight is not finite"
+        if self._newest is None:
+            return None
+        sequences, base_loss_P = self._newest
+        return self.guard.damage(self.live.predict(sequences), base_loss_P)
+
     def _set_aside(self, objection: str) -> VersionRef:
         """Undo the learning since the last delta; a delta that changes nothing records the range and the reason."""
         events, last_seq = self.pending_events, self.applied_seq
@@ -184,19 +202,31 @@ class OnlineLearner:
         self.pending_events, self.applied_seq = events, last_seq
         return self._publish_delta(self.live.change(), {"set_aside": objection})
 
-    def _follow_pointer(self) -> None:
-        """Take up the version that someone promoted.
+    def _roll_back(self, objection: str) -> VersionRef:
+        """Undo the learning in the guard's window: go on from the delta that was newest when the window began."""
+        while len(self._good) > 1 and self._good[1][1] <= self.guard.window_start:
+            self._good.popleft()
+        good = self._good[0][0]
+        if good == self.ref:
+            return self._set_aside(objection)
+        self._restart(good, self.applied_seq, self.events_total + self.pending_events, {"set_aside": objection})
+        return self.ref
 
-        If it has deltas after it, they were rolled back: a new version starts from it, with its offset behind what was
-        rolled back, so that this is not learned again.
-        """
+    def _follow_pointer(self) -> None:
+        """Take up the version that someone promoted; deltas after it were rolled back and are not learned again."""
         current = self.registry.current()
         rolled_back = self.registry.deltas(current.version, after=current.delta)
-        self._take_up(current)
         if rolled_back:
-            first_seq, self.applied_seq = self.applied_seq + 1, rolled_back[-1].last_seq
-            self.events_total = int(rolled_back[-1].metrics["events_total"])
-            self._publish_version({"rolled_back_to": str(current), "set_aside_from_seq": first_seq})
+            newest = rolled_back[-1]
+            self._restart(current, newest.last_seq, int(newest.metrics["events_total"]), {})
+        else:
+            self._take_up(current)
+
+    def _restart(self, ref: VersionRef, last_seq: int, events_total: int, metrics: dict[str, object]) -> None:
+        """Publish a new version with the weights of `ref` and its offset behind what was learned after them."""
+        self._take_up(ref)
+        first_seq, self.applied_seq, self.events_total = self.applied_seq + 1, last_seq, events_total
+        self._publish_version({"rolled_back_to": str(ref), "set_aside_from_seq": first_seq} | metrics)
 
     def _describe_put_items(self) -> None:
         """Take in the text of items put since the last look."""

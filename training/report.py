@@ -163,9 +163,11 @@ def _curve(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_segments(axis: "Axes", record: ReplayRecord, users: np.ndarray) -> None:
+    from matplotlib.patches import Patch
+
     segments = {"warm users": ~record.cold, "cold users": record.cold}
-    width = 0.8 / max(len(record.ranks), 1)
-    for offset, (arm, ranks) in enumerate(record.ranks.items()):
+    width = 0.8 / len(record.ranks)
+    for offset, ranks in enumerate(record.ranks.values()):
         for place, chosen in enumerate(segments.values()):
             if not chosen.any():
                 continue
@@ -177,7 +179,7 @@ def _draw_segments(axis: "Axes", record: ReplayRecord, users: np.ndarray) -> Non
                 color=f"C{offset}",
                 yerr=[[interval.mean - interval.low], [interval.high - interval.mean]],
                 capsize=4,
-                label=arm if place == 0 else None,
             )
-    axis.set(title="Hit@10 by user, 95% intervals", xticks=[width, 1 + width], xticklabels=list(segments))
-    axis.legend(frameon=False)
+    middle = width * (len(record.ranks) - 1) / 2
+    axis.set(title="Hit@10 by user, 95% intervals", xticks=[middle, 1 + middle], xticklabels=list(segments))
+    axis.legend(handles=[Patch(color=f"C{n}", label=arm) for n, arm in enumerate(record.ranks)], frameon=False)
