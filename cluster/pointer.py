@@ -50,11 +50,11 @@ class Pointer:
 
     def is_at(self, ref: VersionRef) -> bool:
         """Tell whether this version is the current one."""
-        return self._readable() == ref
+        return self.readable() == ref
 
     def move(self, ref: VersionRef, reason: str) -> None:
         """Make this version the current one. Call it under the storage's lock."""
-        previous = self._readable()
+        previous = self.readable()
         record = {
             "at_us": time.time_ns() // 1_000,
             "ref": str(ref),
@@ -71,7 +71,8 @@ class Pointer:
         whole, _, _torn = self._storage.read(PROMOTIONS_FILE).rpartition(b"\n")
         return [self._promotion(line) for line in whole.splitlines()]
 
-    def _readable(self) -> VersionRef | None:
+    def readable(self) -> VersionRef | None:
+        """Return the current version, or none where there is none or the pointer is damaged."""
         try:
             return self.current()
         except (NoVersionError, CorruptVersionError):  # the next move mends either

@@ -111,6 +111,30 @@ class Registry:
         with self._storage.lock():
             return self._storage.clear_scratch(older_than_s)
 
+    def drop_deltas(self, version: int) -> int:
+        """Remove a version's deltas, newest first, and return how many. Raises `RegistryError` while one is promoted."""
+        with self._storage.lock():
+            current = self._pointer.readable()
+            if current is not None and current.version == version:
+                raise RegistryError(f"version {version}: is promoted, so its deltas stay")
+            numbers = _published(self._storage, f"{VersionRef(version).folder}/deltas")
+            for number in reversed(numbers):
+                self._remove(VersionRef(version, number))
+        return len(numbers)
+
+    def drop_version(self, version: int) -> None:
+        """Remove a version with its deltas. Raises `RegistryError` for the promoted one and for the newest."""
+        if version == max(_published(self._storage, "versions"), default=0):
+            raise RegistryError(f"version {version}: is the newest, and its number may not be given again")
+        self.drop_deltas(version)
+        with self._storage.lock():
+            self._remove(VersionRef(version))
+
+    def _remove(self, ref: VersionRef) -> None:
+        """Remove the manifest, then the files: cut short, it leaves a folder that is nobody's."""
+        self._storage.delete(f"{ref.folder}/{MANIFEST_FILE}")
+        self._storage.delete_folder(ref.folder)
+
     def _path(self, ref: VersionRef) -> str:
         return f"{self.uri}/{ref.folder}/{MANIFEST_FILE}"
 

@@ -116,6 +116,10 @@ class Storage:
             self._upload(f"{target}/{name}", self.read(f"{source}/{name}"))
         self.delete_folder(source)
 
+    def delete(self, name: str) -> None:
+        """Remove one file."""
+        self._files.delete_file(self._path(name))
+
     def delete_folder(self, folder: str) -> None:
         """Remove a folder with its files."""
         self._files.delete_dir(self._path(folder))

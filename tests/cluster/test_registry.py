@@ -109,6 +109,38 @@ def test_an_abandoned_draft_can_be_pruned_and_a_published_version_cannot(folder)
     assert registry.open_version(1).text("recipe.toml")
 
 
+def test_a_dropped_version_is_gone_with_its_deltas_and_its_number_is_not_given_again(registry):
+    for _ in range(3):
+        publish_version(registry)
+    registry.drop_version(2)
+    assert [manifest.ref.version for manifest in registry.versions()] == [1, 3]
+    assert publish_version(registry).version == 4
+    with pytest.raises(RegistryError, match="not published"):
+        registry.open_version(2)
+
+
+def test_dropping_deltas_keeps_their_base(registry):
+    publish_version(registry, offset=10)
+    publish_delta(registry, 11, 20)
+    publish_delta(registry, 21, 30)
+    publish_version(registry, offset=30)
+    assert registry.drop_deltas(1) == 2
+    assert registry.deltas(1) == []
+    assert registry.open_version(1).manifest.last_seq == 10
+
+
+def test_what_is_promoted_and_what_is_newest_cannot_be_dropped(registry):
+    publish_version(registry, offset=0)
+    publish_delta(registry, 1, 2)
+    with pytest.raises(RegistryError, match="promoted"):
+        registry.drop_deltas(1)
+    publish_version(registry)
+    registry.promote(VersionRef(1))
+    with pytest.raises(RegistryError, match="newest"):
+        registry.drop_version(2)
+    assert registry.current() == VersionRef(1)
+
+
 def test_deltas_are_numbered_from_one_and_move_the_pointer(registry):
     publish_version(registry, offset=10)
     assert [publish_delta(registry, 11, 20), publish_delta(registry, 21, 30)] == [VersionRef(1, 1), VersionRef(1, 2)]
