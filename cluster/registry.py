@@ -112,7 +112,7 @@ class Registry:
             return self._storage.clear_scratch(older_than_s)
 
     def drop_deltas(self, version: int) -> int:
-        """Remove a version's deltas, newest first, and return how many. Raises `RegistryError` while one is promoted."""
+        """Remove a version's deltas, newest first; return how many. Raises `RegistryError` for the promoted version."""
         with self._storage.lock():
             current = self._pointer.readable()
             if current is not None and current.version == version:

@@ -34,6 +34,12 @@ from training.stream import DataConfig, NegativeSampler, build_history, build_se
 
 HISTORY_NAME = "training-history"
 """Name under which a version's history is seeded into the event log."""
+LAG_STEPS = 16
+"""A trainer that is behind sizes its steps so as to catch up in about so many."""
+FOLDED = "folded"
+"""Metric of a version made by folding deltas: the last of them."""
+ROOT = "trained_version"
+"""Metric of a version that the online trainer made: the trained version it grew from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,21 +54,21 @@ class OnlineConfig:
     clip_norm: float = 1.0
     batch_targets: int = 4096
     """Targets of a step in batch training: an event weighs here what it weighed there, as optimiser state asks."""
+    step_events: int = 16
+    """Events a step takes while it keeps up: small steps learn more of an event than large ones."""
     max_events: int = 64
-    """Events a step; a step takes what has come, up to so many."""
+    """Events a step takes at most, as it falls behind. Not more than `model.max_history`, or a user's could not fit."""
     rehearsal_sequences: int = 4
     """Sequences of the version's own history mixed into a step, against forgetting."""
     rehearsal_length: int = 50
-    recent_sequences: int = 8
-    """Sequences of users met lately mixed into a step, their live interactions as targets once more."""
-    recent_users: int = 256
-    """Users met lately that these are drawn from."""
     publish_interval_ms: int = 500
     """Least time between deltas."""
     poll_interval_ms: int = 50
     """How often an idle trainer looks for events."""
-    compact_every: int = 500
+    compact_every: int = 100
     """Deltas after which they are folded into a new version."""
+    keep_versions: int = 2
+    """Folded versions that stay with their deltas, for rollback; of trained versions the deltas go, the base stays."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,18 +77,18 @@ class OnlineConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be above 0")
         for name in (
+            "step_events",
             "max_events",
+            "keep_versions",
             "rehearsal_length",
-            "recent_users",
             "publish_interval_ms",
             "poll_interval_ms",
             "compact_every",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("rehearsal_sequences", "recent_sequences"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"online.{name}={getattr(self, name)}: must be 0 or more")
+        if self.rehearsal_sequences < 0:
+            raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
 
 
 class OnlineLearner:
@@ -94,7 +100,7 @@ class OnlineLearner:
         self.log = log
         self.encoder = encoder
         self.device = device
-        self._take_up(registry.current())
+        self._follow_pointer(registry.current(), was=None)
 
     def _take_up(self, ref: VersionRef) -> None:
         """Make weights, optimiser and offset those of a version."""
@@ -108,7 +114,6 @@ class OnlineLearner:
         self.history_table = self.registry.open_version(ref.version).table("history")
         self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
-        self._recent: deque[str] = deque(maxlen=self.config.recent_users)
         self._item_seq = 0
         self.events_total = int(self.registry.manifest(ref).metrics.get("events_total", 0))
         self._start_delta()
@@ -118,6 +123,12 @@ class OnlineLearner:
         self._newest: tuple[Sequences, np.ndarray] | None = None
         self._first_seq = self.applied_seq + 1
         self.live.mark_published()
+
+    def read(self) -> list[LoggedEvent]:
+        """Return the events of the next step: the further behind, the more at once."""
+        behind = self.log.head_seq() - self.applied_seq
+        wanted = max(self.config.step_events, behind // LAG_STEPS)
+        return self.log.read(self.applied_seq, min(wanted, self.config.max_events, self.live.dense.config.max_history))
 
     def learn(self, events: Sequence[LoggedEvent]) -> None:
         """Predict and then learn the events that follow the last learned one in the log."""
@@ -130,7 +141,7 @@ class OnlineLearner:
             sequences = build_live_sequences(histories, self.live.items)
             self._newest = sequences, self.live.predict_base(sequences)
             self.guard.record(self.live.predict(sequences), self._newest[1])
-            self._train(histories)
+            self._train(sequences)
         self.applied_seq = events[-1].seq
         self.pending_events += len(events)
 
@@ -139,8 +150,8 @@ class OnlineLearner:
 
         Returns the delta's name, or none when there is nothing to publish or someone moved the pointer meanwhile.
         """
-        if self.registry.current() != self.ref:
-            self._follow_pointer()
+        if (current := self.registry.current()) != self.ref:
+            self._follow_pointer(current, was=self.ref)
             return None
         if not self.pending_events:
             return None
@@ -152,7 +163,8 @@ class OnlineLearner:
         ref = self._publish_delta(change, {"validation": self.guard.metrics()})
         self._good.append((ref, self.guard.recorded))
         if ref.delta >= self.config.compact_every:
-            self._publish_version({"compacted": str(ref)})
+            self._publish_version({FOLDED: str(ref)})
+            self._drop_old_versions()
         return ref
 
     def _publish_delta(self, change: Change, metrics: dict[str, object]) -> VersionRef:
@@ -180,9 +192,20 @@ class OnlineLearner:
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
-        metrics = {"events_total": self.events_total} | metrics
+        metrics = {"events_total": self.events_total, ROOT: self._root(self.ref)} | metrics
         self.ref = draft.publish(offset=self.applied_seq, metrics=metrics, parent=self.ref)
         self._start_delta()
+
+    def _drop_old_versions(self) -> None:
+        """Drop folded versions but the newest ones, and the deltas of all before those."""
+        earlier = [manifest for manifest in self.registry.versions() if manifest.ref.version < self.ref.version]
+        for manifest in earlier[: -self.config.keep_versions]:
+            if FOLDED in manifest.metrics:
+                self.registry.drop_version(manifest.ref.version)
+            else:
+                self.registry.drop_deltas(manifest.ref.version)
+        kept = {manifest.ref.version for manifest in earlier[-self.config.keep_versions :]} | {self.ref.version}
+        self._good = deque(entry for entry in self._good if entry[0].version in kept) or deque([(self.ref, 0)])
 
     def _damage(self, change: Change) -> str | None:
         """Return why the learning since the last delta ruined the weights, or none."""
@@ -212,15 +235,21 @@ class OnlineLearner:
         self._restart(good, self.applied_seq, self.events_total + self.pending_events, {"set_aside": objection})
         return self.ref
 
-    def _follow_pointer(self) -> None:
-        """Take up the version that someone promoted; deltas after it were rolled back and are not learned again."""
-        current = self.registry.current()
-        rolled_back = self.registry.deltas(current.version, after=current.delta)
-        if rolled_back:
-            newest = rolled_back[-1]
-            self._restart(current, newest.last_seq, int(newest.metrics["events_total"]), {})
+    def _follow_pointer(self, current: VersionRef, was: VersionRef | None) -> None:
+        """Take up the promoted version. What was learned on top of it has been rolled back and is not learned again."""
+        later = self.registry.deltas(current.version, after=current.delta)
+        if was is not None and current < was and self._root(current) == self._root(was):
+            undone = self.registry.manifest(was)
+        elif later:
+            undone = later[-1]
         else:
             self._take_up(current)
+            return
+        self._restart(current, undone.last_seq, int(undone.metrics["events_total"]), {})
+
+    def _root(self, ref: VersionRef) -> int:
+        """Return the trained version that a version grew from, by deltas, folding and rollbacks."""
+        return int(self.registry.manifest(VersionRef(ref.version)).metrics.get(ROOT, ref.version))
 
     def _restart(self, ref: VersionRef, last_seq: int, events_total: int, metrics: dict[str, object]) -> None:
         """Publish a new version with the weights of `ref` and its offset behind what was learned after them."""
@@ -241,7 +270,6 @@ class OnlineLearner:
         for logged in interactions:
             seqs_of.setdefault(logged.event.user_id, []).append(logged.seq)
         found = [self._history(user_id, first_new_seq=seqs[0], last_seq=seqs[-1]) for user_id, seqs in seqs_of.items()]
-        self._recent.extend(seqs_of)
         return [history for history in found if history is not None]
 
     def _history(self, user_id: str, first_new_seq: int, last_seq: int) -> LiveHistory | None:
@@ -251,12 +279,8 @@ class OnlineLearner:
             return None
         return LiveHistory(self.live.users.row(user_id), known, first_new_seq)
 
-    def _train(self, new: list[LiveHistory]) -> None:
-        """Take one step on the new interactions, with some of the stream's and of the version's history again."""
-        drawn = self._rng.integers(0, len(self._recent), self.config.recent_sequences) if self._recent else []
-        last_seq = new[-1].interactions[-1].seq
-        again = [self._history(self._recent[i], first_new_seq=1, last_seq=last_seq) for i in drawn]
-        sequences = build_live_sequences([*new, *(h for h in again if h is not None)], self.live.items)
+    def _train(self, sequences: Sequences) -> None:
+        """Take one step on the new interactions, with some of the version's own history again."""
         windows = cut_windows(self._rehearsal, self.config.rehearsal_length, self._rng)
         chosen = np.arange(min(self.config.rehearsal_sequences, len(windows)))
         if len(chosen):

@@ -85,7 +85,7 @@ class OnlineTrainer:
     def _follow_log(self) -> None:
         published_s = time.monotonic()
         while not self._stopping.is_set():
-            events = self._log.read(self._learner.applied_seq, self._config.max_events)
+            events = self._learner.read()
             if events:
                 self._learner.learn(events)
             if time.monotonic() - published_s >= self._config.publish_interval_ms / 1_000:
