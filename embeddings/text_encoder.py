@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import importlib.util
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,10 +87,11 @@ class TextEncoder:
 
     @cached_property
     def dim(self) -> int:
-        """Length of a vector."""
+        """Length of a vector. Raises `EngineError` when the model cannot be loaded."""
         from transformers import AutoConfig
 
-        return int(AutoConfig.from_pretrained(self.location).hidden_size)
+        with self._loading():
+            return int(AutoConfig.from_pretrained(self.location).hidden_size)
 
     def _by_length(self, texts: dict[bytes, str]) -> list[list[bytes]]:
         ordered = sorted(texts, key=lambda key: len(texts[key]))
@@ -102,11 +103,16 @@ class TextEncoder:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        try:
+        with self._loading():
             return (
                 AutoTokenizer.from_pretrained(self.location),
                 AutoModel.from_pretrained(self.location).eval(),
             )
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise EngineError(f"encoder.model={self.config.model!r} cannot be loaded: {error}") from error
 
@@ -124,7 +130,7 @@ class TextEncoder:
             return torch.nn.functional.normalize(mean_BE, dim=-1).float().numpy()
 
     @contextlib.contextmanager
-    def _cache(self):  # noqa: ANN202  the decorator states it
+    def _cache(self) -> Iterator[sqlite3.Connection]:
         if self.cache_path:
             self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.cache_path or ":memory:", timeout=30)
