@@ -87,7 +87,7 @@ def build_history(events: pa.Table, items: Vocabulary, users: Vocabulary) -> His
         ts_s=chosen["ts_us"].to_numpy()[by_user] // 1_000_000,
         order=position[by_user],
         starts=starts,
-        ends=np.r_[starts[1:], len(by_user)].astype(np.int64),
+        ends=np.r_[starts, len(by_user)][1:].astype(np.int64),
     )
 
 
@@ -127,22 +127,21 @@ def windows_before(history: History, targets: np.ndarray, length: int) -> Window
     return Windows(np.maximum(targets - length, history.starts[owner]), targets)
 
 
-def build_sequences(history: History, windows: Windows, targets_from_order: int = 0) -> Sequences:
-    """Lay the windows out right-aligned; only interactions from `targets_from_order` on are targets."""
+def build_sequences(history: History, windows: Windows) -> Sequences:
+    """Lay the windows out right-aligned; the interaction after each one seen is its target."""
     length = int((windows.last - windows.first).max())
     cell_BL = windows.last[:, None] - length + np.arange(length)
     seen_BL = cell_BL >= windows.first[:, None]
     cell_BL = np.where(seen_BL, cell_BL, 0)
     next_BL = np.minimum(cell_BL + 1, len(history) - 1)
-    learned_BL = seen_BL & (history.order[next_BL] >= targets_from_order)
-    rated_BL = learned_BL & (history.kind[next_BL] == KINDS.index("rating"))
+    rated_BL = seen_BL & (history.kind[next_BL] == KINDS.index("rating"))
     return Sequences(
         user_row_B=history.user_row[windows.first],
         item_row_BL=np.where(seen_BL, history.item_row[cell_BL], PAD),
         kind_BL=np.where(seen_BL, history.kind[cell_BL], 0),
         value_BL=np.where(seen_BL, history.value[cell_BL], np.nan),
         ts_BL=np.where(seen_BL, history.ts_s[cell_BL], 0),
-        target_row_BL=np.where(learned_BL, history.item_row[next_BL], PAD),
+        target_row_BL=np.where(seen_BL, history.item_row[next_BL], PAD),
         target_rating_BL=np.where(rated_BL, history.value[next_BL], np.nan),
     )
 

@@ -23,6 +23,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from cluster.config import Recipe
 from cluster.dataset import load_dataset
+from cluster.errors import DataError
 from embeddings.tables import ITEM, USER, TablesConfig, gather_tables
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
@@ -126,6 +127,8 @@ def train_epoch(
         optimizers.scale_learning_rate(rate)
         losses.append(torch.stack(train_step(model, batch.to(device), optimizers)))
         progress.step += 1
+    if not losses:
+        raise DataError(f"the training events make fewer sequences than there are workers ({dist.get_world_size()})")
     means = torch.stack(losses).mean(0)
     dist.all_reduce(means)  # collective
     named = zip(Losses._fields, (means / dist.get_world_size()).tolist(), strict=True)

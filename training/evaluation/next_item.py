@@ -55,27 +55,28 @@ def later_targets(history: History, from_order: int) -> np.ndarray:
 
 def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
     sequences = build_sequences(history, windows)
-    user_row_B = torch.from_numpy(sequences.user_row_B)
-    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0))
+    device = catalogue.item_ID.device
+    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
+    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0)).to(device)
     user_BD = dense.user_vectors(
         catalogue.item_ID[history_BL],
-        torch.from_numpy(sequences.kind_BL),
-        torch.from_numpy(sequences.value_BL.astype(np.float32)),
-        torch.from_numpy(sequences.ts_BL),
-        torch.from_numpy(sequences.item_row_BL != PAD),
+        torch.from_numpy(sequences.kind_BL).to(device),
+        torch.from_numpy(sequences.value_BL.astype(np.float32)).to(device),
+        torch.from_numpy(sequences.ts_BL).to(device),
+        torch.from_numpy(sequences.item_row_BL != PAD).to(device),
         catalogue.user_UD[user_row_B],
     )[:, -1]
     score_BI = user_BD @ catalogue.item_ID.T
     for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
         score_BI[row, history.item_row[start:end]] = float("-inf")
-    candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1).indices
-    order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK])
-    order_BK[score_BI.gather(1, candidate_BK).isinf()] = float("-inf")
-
-    found_BK = candidate_BK == torch.from_numpy(history.item_row[windows.last]).unsqueeze(1)
-    target_B1 = order_BK.masked_fill(~found_BK, float("-inf")).amax(1, keepdim=True)
-    rank_B = 1 + (order_BK > target_B1).sum(1)
-    return torch.where(target_B1.squeeze(1).isinf(), UNRANKED, rank_B).numpy()
+    score_BK, candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1)
+    # The order that is served, ties included; what is excluded or not a number has no rank.
+    order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK]).masked_fill(~score_BK.isfinite(), float("-inf"))
+    best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
+    target_B1 = torch.from_numpy(history.item_row[windows.last]).to(device).unsqueeze(1)
+    found_BK = (candidate_BK == target_B1) & order_BK.isfinite()
+    place_B = found_BK.gather(1, best_BK).int().argmax(1)
+    return torch.where(found_BK.any(1), place_B + 1, UNRANKED).cpu().numpy()
 
 
 def _user_starts(history: History, windows: Windows) -> np.ndarray:

@@ -76,7 +76,7 @@ class PoolEncoder(nn.Module):
 
 
 class LSTMEncoder(nn.Module):
-    """A recurrent pass; padding comes first and is zeroed, so the state starts near zero."""
+    """A recurrent pass from each sequence's first interaction on: padding never reaches the state."""
 
     def __init__(self, dim: int, layers: int, dropout: float) -> None:
         super().__init__()
@@ -85,8 +85,12 @@ class LSTMEncoder(nn.Module):
 
     def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
         """Return the last layer's state after each position, [B, L, D]."""
-        output_BLD, _ = self.lstm(inputs_BLD * present_BL.unsqueeze(-1))
-        return self.norm(output_BLD)
+        # Padding comes first and an LSTM has biases: turn it to the end, where a causal pass does not see it, and back.
+        length = present_BL.shape[1]
+        place_L = torch.arange(length, device=present_BL.device)
+        padding_B1 = length - present_BL.sum(1, keepdim=True)
+        output_BLD, _ = self.lstm(_turn(inputs_BLD, (place_L + padding_B1) % length))
+        return self.norm(_turn(output_BLD, (place_L - padding_B1) % length))
 
 
 class TransformerEncoder(nn.Module):
@@ -130,6 +134,10 @@ class _Block(nn.Module):
         )
         hidden_BLD = hidden_BLD + self.dropout(self.out(attended.transpose(1, 2).reshape(B, L, D)))
         return hidden_BLD + self.dropout(self.mlp(self.norm_mlp(hidden_BLD)))
+
+
+def _turn(values_BLD: torch.Tensor, from_BL: torch.Tensor) -> torch.Tensor:
+    return values_BLD.gather(1, from_BL.unsqueeze(-1).expand_as(values_BLD))
 
 
 def _gap_buckets(ts_BL: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:

@@ -143,7 +143,7 @@ class ServedModel:
         self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
     ) -> Candidates:
         """Return up to `k` items, best first, without those excluded."""
-        known = [entry for entry in history[-self.max_history :] if entry.item_id in self.index_of]
+        known = [entry for entry in history if entry.item_id in self.index_of][-self.max_history :]
         excluded = [self.index_of[item_id] for item_id in exclude if item_id in self.index_of]
         if not known:
             scores_I = self.popularity_I.copy()

@@ -185,6 +185,7 @@ class TwoStage(nn.Module):
         Keeping only the hardest draws instead would lift everything that is never among them.
         """
         log_z_R1 = (score_RS - batch.log_q_N[batch.negative_S]).logsumexp(1, keepdim=True) - math.log(score_RS.shape[1])
+        log_z_R1 = log_z_R1.nan_to_num(neginf=0.0)  # every draw was the target: nothing to estimate it from
         drawn_C = batch.negative_S[:RANKED_DRAWS]
         candidate_RC = torch.cat([target_R.unsqueeze(1), drawn_C.expand(len(target_R), -1)], dim=1)
         user_RCD = user_RD.unsqueeze(1).expand(-1, candidate_RC.shape[1], -1)
