@@ -113,7 +113,7 @@ class TextEncoder:
     def _loading(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise EngineError(f"encoder.model={self.config.model!r} cannot be loaded: {error}") from error
 
     def _forward(self, texts: list[str]) -> np.ndarray:
