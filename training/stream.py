@@ -181,7 +181,8 @@ def stream_batches(
     """Yield one epoch of this worker's batches.
 
     The epoch's order depends on seed and epoch only; each global batch is dealt out over the workers, so every
-    worker yields equally many and any number of workers sees the same global batches.
+    worker yields equally many and any number of workers sees the same global batches. Nothing is yielded where they
+    are smaller than the number of workers.
     """
     rng = np.random.default_rng((seed, epoch))
     windows = cut_windows(history, max_history, rng)
@@ -200,10 +201,14 @@ def count_batches(history: History, config: DataConfig, max_history: int) -> int
 
 
 def _global_batches(windows: Windows, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Cut the epoch into batches of equal size but for one window: a small last one could not be dealt out."""
     lengths = windows.last - windows.first
-    for start in range(0, len(windows), size * BUCKET_BATCHES):
-        bucket = np.arange(start, min(start + size * BUCKET_BATCHES, len(windows)))
+    count = -(-len(windows) // size)
+    bounds = np.arange(count + 1) * len(windows) // max(count, 1)
+    for first in range(0, count, BUCKET_BATCHES):
+        edges = bounds[first : first + BUCKET_BATCHES + 1]
+        bucket = np.arange(edges[0], edges[-1])
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-        cuts = [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        cuts = np.split(bucket, edges[1:-1] - edges[0])
         for index in rng.permutation(len(cuts)):
             yield cuts[index]
