@@ -3,28 +3,14 @@
 Lookup, steps and resharding over two workers: tests/training/test_step.py and test_checkpoint.py.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from cluster.errors import ConfigError, EngineError
 from embeddings.tables import TablesConfig, build_tables, gather_tables, load_tables, local_shards, shard
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        meeting_point: Path = tmp_path_factory.mktemp("group") / "rendezvous"
-        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
 
 class Holder(nn.Module):
@@ -35,7 +21,7 @@ class Holder(nn.Module):
         self.tables = build_tables(rows, dim, learning_rate=0.1)
 
 
-@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.usefixtures("process_group")
 def test_rows_start_at_zero() -> None:
     sharded = shard(Holder({"item": 5, "user": 3}), TablesConfig(dim=4), CPU)
     whole = gather_tables(sharded, ["item", "user", "item.momentum"])
@@ -46,7 +32,7 @@ def test_rows_start_at_zero() -> None:
     }
 
 
-@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.usefixtures("process_group")
 def test_a_table_loaded_is_the_table_gathered() -> None:
     sharded = shard(Holder({"item": 5, "user": 3}), TablesConfig(dim=4), CPU)
     given = {"item": torch.randn(5, 4), "item.momentum": torch.rand(5)}
@@ -57,7 +43,7 @@ def test_a_table_loaded_is_the_table_gathered() -> None:
     assert whole["user"].count_nonzero() == 0
 
 
-@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.usefixtures("process_group")
 def test_rows_beyond_a_shorter_table_stay_as_they_are() -> None:
     sharded = shard(Holder({"item": 5}), TablesConfig(dim=4), CPU)
     load_tables(sharded, {"item": torch.ones(5, 4)})
@@ -65,7 +51,7 @@ def test_rows_beyond_a_shorter_table_stay_as_they_are() -> None:
     assert gather_tables(sharded, ["item"])["item"][:, 0].tolist() == [7, 7, 1, 1, 1]
 
 
-@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.usefixtures("process_group")
 def test_writing_into_a_local_shard_writes_the_table() -> None:
     sharded = shard(Holder({"item": 5}), TablesConfig(dim=4), CPU)
     ((first_row, part),) = local_shards(sharded)["item"]
@@ -74,7 +60,7 @@ def test_writing_into_a_local_shard_writes_the_table() -> None:
     assert gather_tables(sharded, ["item"])["item"][:, 0].tolist() == [0, 0, 0, 2, 0]
 
 
-@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.usefixtures("process_group")
 def test_tables_larger_than_memory_are_an_error_that_says_so() -> None:
     with pytest.raises(EngineError, match="tables do not fit 1 workers"):
         shard(Holder({"item": 10**12}), TablesConfig(dim=4), CPU)
