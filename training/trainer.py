@@ -38,7 +38,7 @@ class TrainConfig:
 
     workers: int = 2
     epochs: int = 20
-    patience: int = 3
+    patience: int = 6
     """Epochs without a better validation NDCG@10 before training stops."""
     final_epochs: int = 2
     """Epochs after that over all interactions, the validation ones included."""
