@@ -50,6 +50,12 @@ warmup_steps = 2
 """
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The tensors here are tiny, and threads that spin on busy cores wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def sharded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a group of one and a group of two workers have run."""
