@@ -35,10 +35,13 @@ def ray_cluster() -> Iterator[RaySession]:
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """The group of one worker that a sharded model needs, for one test."""
+    """The group of one worker that a sharded model needs, for one test, and one thread: the tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
     dist.destroy_process_group()
+    torch.set_num_threads(threads)
 
 
 class TinyHome:
@@ -54,7 +57,7 @@ class TinyHome:
     RECIPE = (
         "tables.dim=8",
         "tables.spare_rows=8",
-        "model.max_history=10",
+        "model.max_history=16",
         "model.layers=1",
         "model.heads=1",
         "model.ranker_hidden=8",

@@ -38,6 +38,8 @@ LAG_STEPS = 16
 """A trainer that is behind sizes its steps so as to catch up in about so many."""
 FOLDED = "folded"
 """Metric of a version made by folding deltas: the last of them."""
+PUBLISHING = ("published", "delta")
+"""Reasons with which the pointer moves as something is published, and not because someone chose."""
 ROOT = "trained_version"
 """Metric of a version that the online trainer made: the trained version it grew from."""
 
@@ -238,6 +240,9 @@ class OnlineLearner:
     def _follow_pointer(self, current: VersionRef, was: VersionRef | None) -> None:
         """Take up the promoted version. What was learned on top of it has been rolled back and is not learned again."""
         later = self.registry.deltas(current.version, after=current.delta)
+        if was is None and len(later) == 1 and self.registry.history()[-1].reason in PUBLISHING:
+            current, later = later[0].ref, []  # its publisher ended before it moved the pointer
+            self.registry.promote(current, "delta")
         if was is not None and current < was and self._root(current) == self._root(was):
             undone = self.registry.manifest(was)
         elif later:

@@ -1,0 +1,117 @@
+"""The online trainer as a process: killed at any moment, it goes on after its last delta."""
+
+import contextlib
+import multiprocessing
+import random
+import time
+from collections import Counter
+
+import pytest
+import ray
+
+from cluster.log import EventLog
+from cluster.manifest import VersionRef
+from training.models.version import COUNT_ROWS, read_version
+from training.online_actor import OnlineTrainer, running_trainer
+
+KILLS = 5
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def start_trainer():
+    """Start real trainer processes, forked from a server that has imported everything; none outlives the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.online_actor", "torchrec.distributed.model_parallel", "transformers"])
+    started = []
+
+    def start(tiny):
+        process = context.Process(target=OnlineTrainer, args=(tiny.recipe.to_toml(), tiny.home))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition, patience_s: float = PATIENCE_S) -> None:
+    deadline_s = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "has not come about in time"
+        time.sleep(0.005)
+
+
+def learned_seq(tiny) -> int:
+    return tiny.registry.manifest(tiny.registry.current()).last_seq
+
+
+def seed(log: EventLog, tiny) -> None:
+    log.seed_history("training-history", tiny.registry.open_version(1).table("history"))
+
+
+def test_killed_again_and_again_while_events_come_it_learns_each_once(build_home, start_trainer):
+    folding = ("online.compact_every=15", "online.keep_versions=100")
+    tiny = build_home("online.publish_interval_ms=1", "online.step_events=3", "online.max_events=3", *folding)
+    rng = random.Random(0)
+    with EventLog(tiny.home.log) as log:
+        seed(log, tiny)
+        for _ in range(KILLS):
+            trainer = start_trainer(tiny)
+            before = learned_seq(tiny)
+            log.append(tiny.live_events(30, first=log.head_seq()))
+            wait_for(lambda before=before: learned_seq(tiny) > before)
+            time.sleep(rng.random() * 0.2)
+            trainer.kill()
+            trainer.join()
+            log.append(tiny.live_events(10, first=log.head_seq()))
+        start_trainer(tiny)
+        wait_for(lambda: learned_seq(tiny) == log.head_seq())
+        assert log.verify().sound
+        events = log.head_seq()
+
+    versions = [m.ref.version for m in tiny.registry.versions()]
+    deltas = [delta for version in versions for delta in tiny.registry.deltas(version)]
+    assert events == KILLS * 40
+    assert [m.first_seq for m in deltas] == [1, *(m.last_seq + 1 for m in deltas[:-1])]
+    assert [m.metrics["events"] for m in deltas] == [m.last_seq - m.first_seq + 1 for m in deltas]
+    assert sum(m.metrics["events"] for m in deltas) == deltas[-1].metrics["events_total"] == events
+    assert not any("rolled_back_to" in m.metrics for m in tiny.registry.versions()), "a crash was taken for a rollback"
+    assert not any("set_aside" in m.metrics for m in deltas)
+    before, after = (read_version(tiny.registry, ref) for ref in (VersionRef(1), tiny.registry.current()))
+    counted = dict(zip(after.item_ids, (after.rows[COUNT_ROWS] - before.rows[COUNT_ROWS]).tolist(), strict=True))
+    assert Counter(counted) == Counter(event.item_id for event in tiny.live_events(events))
+
+
+def test_a_trainer_on_ray_is_ready_learns_and_publishes_what_is_left_when_its_block_ends(ray_cluster, build_home):
+    tiny = build_home("online.publish_interval_ms=60000")
+    with EventLog(tiny.home.log) as log:
+        seed(log, tiny)
+        with running_trainer(tiny.recipe, tiny.home) as trainer:
+            assert ray.get(trainer.status.remote())["version"] == "1.0"
+            log.append(tiny.live_events(40))
+            wait_for(lambda: ray.get(trainer.status.remote())["lag_events"] == 0)
+            assert tiny.registry.current() == VersionRef(1)
+        assert [(m.first_seq, m.last_seq) for m in tiny.registry.deltas(1)] == [(1, 40)]
+
+
+def test_a_killed_actor_is_started_again_and_goes_on(ray_cluster, build_home):
+    tiny = build_home()
+    with EventLog(tiny.home.log) as log, running_trainer(tiny.recipe, tiny.home) as trainer:
+        seed(log, tiny)
+        log.append(tiny.live_events(20))
+        wait_for(lambda: learned_seq(tiny) == 20)
+        ray.kill(trainer, no_restart=False)
+        log.append(tiny.live_events(20, first=20))
+        wait_for(lambda: learned_seq(tiny) == 40)
+    assert sum(m.metrics["events"] for m in tiny.registry.deltas(1)) == 40
+
+
+def test_a_recipe_that_turns_online_training_off_starts_nothing(build_home):
+    tiny = build_home("online.enabled=false")
+    with running_trainer(tiny.recipe, tiny.home) as trainer:
+        assert trainer is None
+    with contextlib.closing(EventLog(tiny.home.log)) as log:
+        assert log.head_seq() == 0
