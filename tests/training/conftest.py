@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, write_dataset
 from cluster.events import Event, events_table
 from cluster.home import Home
 from cluster.ray_session import RaySession
+from training.models.version import USER_ROWS, VersionState, read_version
 from training.trainer import TrainedRun, train_on_ray
 
 SHARDED_PROGRAM = Path(__file__).with_name("sharded_program.py")
@@ -91,6 +93,25 @@ def sharded(sharded_folder: Path) -> Dump:
 def checkpoint_of(sharded_folder: Path) -> Callable[[int], Path]:
     """Return the checkpoint that a group of so many workers wrote after its first step."""
     return lambda workers: sharded_folder / f"checkpoint-{workers}"
+
+
+@pytest.fixture
+def version(build_home: Callable[..., Any]) -> VersionState:  # Any: TinyHome of tests/conftest.py
+    """A version in memory in which every part has a say: user rows and ranker as if trained."""
+    home = build_home("model.candidates=12", "model.rating_weight=0.1", seed=3)
+    state = read_version(home.registry, home.registry.current(), with_optimizer=True)
+    generator = torch.Generator().manual_seed(4)
+
+    def noise(like: torch.Tensor, scale: float) -> torch.Tensor:
+        return scale * torch.randn(like.shape, generator=generator)
+
+    heads = {name: noise(state.dense[name], 0.5) for name in ("ranker.heads.weight", "ranker.heads.bias")}
+    projected = {"project.weight": noise(state.dense["project.weight"], 0.1)}
+    return replace(
+        state,
+        rows={**state.rows, USER_ROWS: noise(state.rows[USER_ROWS], 0.3)},
+        dense={**state.dense, **heads, **projected},
+    )
 
 
 @dataclass(frozen=True)
