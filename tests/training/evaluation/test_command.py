@@ -1,0 +1,130 @@
+"""`recloop evaluate` of a version whose figures can be counted: it names what it is made to name."""
+
+import json
+import math
+
+import pyarrow as pa
+import pytest
+
+from cluster.cli import main
+from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, write_dataset
+from cluster.errors import DataError
+from cluster.events import Event, events_table
+from cluster.log import Interaction
+from cluster.manifest import VersionRef
+from training.evaluation.command import evaluate
+from training.models.served import ServedModel
+
+
+def write_events(path, tiny, events):
+    return write_dataset(
+        path,
+        name="shop",
+        events=events_table(events),
+        items=pa.Table.from_pylist(
+            [{"item_id": f"i{n}", "domain": "default", "text": "", "categories": []} for n in range(tiny.ITEMS)],
+            schema=ITEM_SCHEMA,
+        ),
+        users=pa.Table.from_pylist(
+            [{"user_id": user_id, "attributes": []} for user_id in sorted({event.user_id for event in events})],
+            schema=USER_SCHEMA,
+        ),
+        label="clicks",
+        sources=[],
+        rejected={},
+    )
+
+
+def load(tiny) -> ServedModel:
+    return ServedModel.load(tiny.registry, VersionRef(1))
+
+
+def served_rank(model, past, event) -> int:
+    """Return the place at which serving would have shown the event's item; 0 for nowhere."""
+    history = [Interaction(e.item_id, e.kind, e.value, e.ts_us, n) for n, e in enumerate(past, 1)]
+    shown = model.recommend(event.user_id, history, 1_000, frozenset(e.item_id for e in past)).item_ids
+    return shown.index(event.item_id) + 1 if event.item_id in shown else 0
+
+
+def test_the_figures_are_those_of_what_serving_would_have_shown(build_home, tmp_path):
+    tiny = build_home("data.train_fraction=0.5")
+    newcomers = [
+        Event(user_id="new", item_id=item_id, kind="click", ts_us=10**9 + n)
+        for n, item_id in enumerate(("i0", "i29", "i4", "i17"))
+    ]
+    events = [*tiny.events(60), *newcomers]
+    model = load(tiny)
+    found = evaluate(model, write_events(tmp_path / "data", tiny, events))
+
+    ranks = {
+        n: served_rank(model, [e for e in events[:n] if e.user_id == event.user_id], event)
+        for n, event in enumerate(events)
+        if n >= 32
+    }
+    rows = {row["segment"]: row for row in found["scores"]}
+    for segment, chosen in (("all", range(32, 64)), ("warm users", range(32, 60)), ("cold users", range(60, 64))):
+        hits = [1 <= ranks[n] <= 10 for n in chosen]
+        assert rows[segment]["events"] == len(chosen)
+        assert rows[segment]["hit_at_10"] == pytest.approx(sum(hits) / len(hits))
+        gains = [1 / math.log2(1 + ranks[n]) if hit else 0.0 for n, hit in zip(chosen, hits, strict=True)]
+        assert rows[segment]["ndcg_at_10"] == pytest.approx(sum(gains) / len(gains))
+        assert rows[segment]["hit_at_10_low"] <= rows[segment]["hit_at_10"] <= rows[segment]["hit_at_10_high"]
+    assert 0 <= found["ease_refitted"]["hit_at_10"] <= 1
+
+
+def test_later_events_do_not_change_what_was_named_before(build_home, tmp_path):
+    tiny = build_home("data.train_fraction=0.5")
+    one = tiny.events(60)
+    other = [*one[:59], Event(event_id="other", user_id=one[59].user_id, item_id="i0", kind="click", ts_us=10**9)]
+    few = [evaluate(load(tiny), write_events(tmp_path / str(n), tiny, e)) for n, e in enumerate((one, other))]
+    hits = [found["scores"][0]["hit_at_10"] * 30 for found in few]
+    assert abs(hits[0] - hits[1]) <= 1 + 1e-9
+
+
+def test_a_dataset_without_cold_users_has_no_such_row(build_home, tmp_path):
+    tiny = build_home()
+    found = evaluate(load(tiny), write_events(tmp_path / "data", tiny, tiny.events(60)))
+    assert [row["segment"] for row in found["scores"]] == ["all", "warm users"]
+
+
+def test_feedback_that_chose_nothing_is_not_predicted(build_home, tmp_path):
+    tiny = build_home("data.train_fraction=0.5")
+    shown = [Event(user_id="u0", item_id="i3", kind="impression", ts_us=10**9 + n) for n in range(20)]
+    found = evaluate(load(tiny), write_events(tmp_path / "data", tiny, [*tiny.events(60), *shown]))
+    assert found["scores"][0]["events"] == 20  # forty of eighty events may be trained on, twenty more are clicks
+    assert "ease_refitted" not in found
+
+
+def test_items_that_the_version_does_not_know_are_named(build_home, tmp_path):
+    tiny = build_home()
+    foreign = [*tiny.events(20), Event(user_id="u0", item_id="a stranger", kind="click", ts_us=10**9)]
+    with pytest.raises(DataError, match="a stranger"):
+        evaluate(load(tiny), write_events(tmp_path / "data", tiny, foreign))
+
+
+def test_a_dataset_with_nothing_left_to_name_is_an_error(build_home, tmp_path):
+    tiny = build_home("data.train_fraction=0.5")
+    shown = [Event(user_id="u0", item_id="i3", kind="impression", ts_us=10**9 + n) for n in range(20)]
+    with pytest.raises(DataError, match="holds no interactions after the first 20 events"):
+        evaluate(load(tiny), write_events(tmp_path / "data", tiny, [*tiny.events(20), *shown]))
+
+
+def test_the_command_scores_the_promoted_version_or_the_one_named(build_home, tmp_path, capsys):
+    tiny = build_home()
+    tiny.publish_version(seed=1)
+    write_events(tmp_path / "data", tiny, tiny.events(60))
+    words = ["evaluate", "--home", str(tiny.home.path), "--data", str(tmp_path / "data"), "--json"]
+    versions = []
+    for extra in ([], ["--version", "1"]):
+        assert main([*words, *extra]) == 0
+        versions.append(json.loads(capsys.readouterr().out)["version"])
+    assert versions == ["2.0", "1.0"]
+    assert main([*words, "--version", "7"]) == 4
+    assert "7.0 is not published" in capsys.readouterr().err
+
+
+def test_without_a_version_or_a_dataset_the_command_says_what_makes_one(tmp_path, build_home, capsys):
+    assert main(["evaluate", "--home", str(tmp_path / "empty")]) == 4
+    assert "no version is published yet" in capsys.readouterr().err
+    assert main(["evaluate", "--home", str(build_home().home.path)]) == 3
+    assert "`recloop prepare` makes a dataset" in capsys.readouterr().err
