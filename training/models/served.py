@@ -2,7 +2,8 @@
 
 In:  a user's history and a number.  Out: candidates, retrieved and ranked; neighbours of an item.
 Knows nothing of HTTP, logs or policies. Immutable: a delta or a new item makes another one, and whoever serves swaps
-one reference. Tables are plain tensors here: TorchRec is not needed to answer.
+one reference. Tables are plain tensors here: TorchRec is not needed to answer. Answers are the same to the bit in every
+process that runs torch on as many threads.
 
 A user without history in the catalogue is shown what is popular. An item put after training has no row yet and is
 placed by its text alone.
