@@ -18,14 +18,16 @@ from cluster.config import Recipe
 from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, write_dataset
 from cluster.events import Event, events_table
 from cluster.home import Home
+from cluster.log import Interaction
 from cluster.ray_session import RaySession
+from cluster.registry import Registry
 from training.models.version import USER_ROWS, VersionState, read_version
+from training.publish import publish_run
 from training.trainer import TrainedRun, train_on_ray
 
 SHARDED_PROGRAM = Path(__file__).with_name("sharded_program.py")
 Dump = Callable[[int, str], dict[str, torch.Tensor]]
 
-BOARD_USERS, BOARD_ITEMS = 96, 12
 BOARD_RECIPE = """
 [data]
 train_fraction = 0.95
@@ -118,50 +120,57 @@ def version(build_home: Callable[..., Any]) -> VersionState:  # Any: TinyHome of
 class Board:
     """A checkerboard: user u and item i meet where u + i is even, but for one item withheld from each user."""
 
+    folder: Path
     dataset: Dataset
     home: Home
     recipe: Recipe
     trained: TrainedRun
 
+    USERS, ITEMS = 96, 12
 
-def withheld(user: int) -> int:
-    """Return the one item of the user's colour that the user has not met."""
-    return user % BOARD_ITEMS
+    @classmethod
+    def withheld(cls, user: int) -> str:
+        """Return the one item of the user's colour that the user has not met."""
+        return f"i{user % cls.ITEMS}"
 
+    @classmethod
+    def met(cls, user: int) -> list[Interaction]:
+        """Return what the user did, oldest first; all users take turns."""
+        items = [item for item in range(cls.ITEMS) if (user + item) % 2 == 0 and item != user % cls.ITEMS]
+        return [
+            Interaction(f"i{item}", "rating", 4.0, ts_us=(place * 100 + user) * 1_000_000, seq=-1)
+            for place, item in enumerate(np.random.default_rng(user).permutation(items))
+        ]
 
-def met(user: int) -> list[int]:
-    """Return the user's items, in the order met."""
-    items = [item for item in range(BOARD_ITEMS) if (user + item) % 2 == 0 and item != withheld(user)]
-    return np.random.default_rng(user).permutation(items).tolist()
-
-
-def write_board(path: Path) -> Dataset:
-    events = [
-        Event(user_id=f"u{user}", item_id=f"i{item}", kind="rating", value=4.0, ts_us=(place * 100 + user) * 1_000_000)
-        for user in range(BOARD_USERS)
-        for place, item in enumerate(met(user))
-    ]
-    items = [{"item_id": f"i{item}", "domain": "default", "text": "", "categories": []} for item in range(BOARD_ITEMS)]
-    users = [{"user_id": f"u{user}", "attributes": []} for user in range(BOARD_USERS)]
-    return write_dataset(
-        path,
-        name="checkerboard",
-        events=events_table(events),
-        items=pa.Table.from_pylist(items, schema=ITEM_SCHEMA),
-        users=pa.Table.from_pylist(users, schema=USER_SCHEMA),
-        label="a square of one's own colour",
-        sources=[],
-        rejected={},
-    )
+    @classmethod
+    def write(cls, path: Path) -> Dataset:
+        events = [
+            Event(user_id=f"u{user}", item_id=entry.item_id, kind=entry.kind, value=entry.value, ts_us=entry.ts_us)
+            for user in range(cls.USERS)
+            for entry in cls.met(user)
+        ]
+        items = [
+            {"item_id": f"i{item}", "domain": "default", "text": "", "categories": []} for item in range(cls.ITEMS)
+        ]
+        users = [{"user_id": f"u{user}", "attributes": []} for user in range(cls.USERS)]
+        return write_dataset(
+            path,
+            name="checkerboard",
+            events=events_table(events),
+            items=pa.Table.from_pylist(items, schema=ITEM_SCHEMA),
+            users=pa.Table.from_pylist(users, schema=USER_SCHEMA),
+            label="a square of one's own colour",
+            sources=[],
+            rejected={},
+        )
 
 
 @pytest.fixture(scope="session")
 def board(ray_cluster: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Board:
-    """The checkerboard, trained by two Ray Train workers."""
+    """The checkerboard, trained by two Ray Train workers and published as version 1 of its home."""
     folder = tmp_path_factory.mktemp("board")
-    dataset, home, recipe = (
-        write_board(folder / "dataset"),
-        Home(folder / "home").ensure(),
-        Recipe.from_toml(BOARD_RECIPE),
-    )
-    return Board(dataset=dataset, home=home, recipe=recipe, trained=train_on_ray(recipe, dataset, home))
+    dataset, home = Board.write(folder / "dataset"), Home(folder / "home").ensure()
+    recipe = Recipe.from_toml(BOARD_RECIPE)
+    trained = train_on_ray(recipe, dataset, home)
+    publish_run(trained, Registry(home.registry))
+    return Board(folder=folder, dataset=dataset, home=home, recipe=recipe, trained=trained)

@@ -30,7 +30,7 @@ SPARE_ROWS = 4
 STEP = StepConfig(learning_rate=0.01, weight_decay=0.01, clip_norm=0.5)
 TABLES = TablesConfig(dim=DIM, learning_rate=0.05, spare_rows=SPARE_ROWS)
 STATE = ("item", "user", "item.momentum", "user.momentum")
-PATIENCE_S = 60.0
+PATIENCE_S = 90.0
 
 
 def model_config(dropout: float) -> ModelConfig:
