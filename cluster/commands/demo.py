@@ -82,13 +82,12 @@ def _audit(registry: Registry, home: Home, acked: int) -> dict[str, int]:
     """Count acked events that the log or the trainer does not have, and events that the trainer has twice.
 
     Every event of the log was acked to the replay, its only client. A version states how many events were learned up
-    to it, and its chain states which ranges.
+    to it; the demo waits until they are all of the log's.
     """
     with EventLog(home.log) as log:
         report = log.verify()
-    learned = registry.manifest(registry.current())
-    applied = int(learned.metrics.get("events_total", 0))
-    missing = max(acked - report.events, 0) + max(report.last_seq - learned.last_seq, 0)
+    applied = int(registry.manifest(registry.current()).metrics.get("events_total", 0))
+    missing = max(acked - report.events, 0) + max(report.events - applied, 0)
     return {"lost": missing, "applied": applied, "applied_twice": max(applied - report.events, 0)}
 
 
