@@ -48,12 +48,12 @@ def build_live_sequences(histories: Sequence[LiveHistory], items: Vocabulary) ->
         ):
             laid_out.item_row_BL[b, before] = items.row(seen.item_id)
             laid_out.kind_BL[b, before] = _KIND_INDEX[seen.kind]
-            laid_out.value_BL[b, before] = np.nan if seen.value is None else seen.value
+            laid_out.value_BL[b, before] = _float32(seen.value)
             laid_out.ts_BL[b, before] = seen.ts_us // 1_000_000
             if target.seq >= history.first_new_seq:
                 laid_out.target_row_BL[b, before] = items.row(target.item_id)
-                if target.kind == "rating" and target.value is not None:
-                    laid_out.target_rating_BL[b, before] = target.value
+                if target.kind == "rating":
+                    laid_out.target_rating_BL[b, before] = _float32(target.value)
     return laid_out
 
 
@@ -71,3 +71,9 @@ def join_sequences(first: Sequences, second: Sequences) -> Sequences:
         pair = (getattr(first, name), getattr(second, name))
         joined[name] = np.concatenate(pair if pair[0].ndim == 1 else [widen(name, array) for array in pair])
     return Sequences(**joined)
+
+
+def _float32(value: float | None) -> np.float32:
+    """Return the value, NaN for none; what is too large becomes infinite, as Arrow makes it in a dataset."""
+    with np.errstate(over="ignore"):
+        return np.float32(np.nan if value is None else value)

@@ -1,6 +1,7 @@
 """The online trainer on a real log and registry: exactly once, under guard, after whatever happens to the pointer."""
 
 import contextlib
+import math
 import random
 from dataclasses import replace
 
@@ -284,6 +285,21 @@ def test_a_poisoned_event_cannot_make_a_served_weight_other_than_a_number(open_l
     history = loop.log.user_state(poison.user_id, 10).history
     served = ServedModel.load(loop.registry, loop.registry.current())
     assert all(map(torch.isfinite, served.user_vector(poison.user_id, history)))
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e-308, 0.0, -5.0])
+@pytest.mark.parametrize("kind", ["rating", "dwell"])
+def test_no_event_that_the_log_takes_stops_learning_or_serving(open_loop, kind, value):
+    loop = open_loop()
+    odd = [replace(event, kind=kind, value=value) for event in loop.tiny.live_events(12)]
+    odd = [replace(event, ts_us=(2**61 if n % 2 else 0)) for n, event in enumerate(odd)]  # back and forth in time
+    loop.follow(odd)
+    loop.follow(loop.tiny.live_events(16, first=12))
+    assert loop.learner.applied_seq == loop.metrics()["events_total"] == 28
+    served = ServedModel.load(loop.registry, loop.registry.current())
+    found = served.recommend("u0", loop.log.user_state("u0", served.max_history).history, 10)
+    assert len(found.item_ids) == 10
+    assert all(map(math.isfinite, found.scores))
 
 
 def test_learning_that_predicts_worse_than_its_base_is_undone_to_before_the_window(open_loop):
