@@ -13,6 +13,7 @@ Knows nothing of raw files, of vocabularies or of models.
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
+import hashlib
 import json
 import os
 import shutil
@@ -92,6 +93,13 @@ class Dataset:
         """Read the events in time order, all columns or those named."""
         parts = sorted((self.path / "events").glob("*.parquet"))
         return pa.concat_tables(_read_parquet(part, EVENT_SCHEMA, columns) for part in parts)
+
+    def fingerprint(self) -> str:
+        """Identify the content by its description, items and users; a dataset prepared anew alike keeps it."""
+        digest = hashlib.sha256()
+        for name in ("dataset.json", "items.parquet", "users.parquet"):
+            digest.update((self.path / name).read_bytes())
+        return digest.hexdigest()
 
     def items(self) -> pa.Table:
         """Read the item table."""

@@ -217,6 +217,8 @@ def _private_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(find_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(find_free_port()),
+        # A worker's report is taken up at the controller's next look; its default of 2 s would be most of an epoch.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # One machine, so nothing routes to a replica that is leaving: do not hold it for half a minute.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }

@@ -30,7 +30,7 @@ from training.models.version import (
     write_version,
 )
 from training.stream import DataConfig, build_history
-from training.trainer import RECIPE_FILE, TEXT_FILE, TrainedRun
+from training.trainer import RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainedRun
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
 
 
 def latest_run(home: Home) -> Path:
-    """Return the newest run folder. Raises `DataError` when there is none."""
-    runs = sorted(home.runs.glob("train-*"))
+    """Return the folder of the newest finished run. Raises `DataError` when there is none."""
+    runs = sorted(home.runs.glob(f"train-*/{RUN_FILE}"))
     if not runs:
-        raise DataError(f"{home.runs}: holds no training run; `recloop train` makes one")
-    return runs[-1]
+        raise DataError(f"{home.runs}: holds no finished training run; `recloop train` makes one")
+    return runs[-1].parent
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -55,9 +55,14 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:
-    """Write a run's last checkpoint, with everything a request needs, as the next version, and promote it."""
+    """Write a run's last checkpoint, with everything a request needs, as the next version, and promote it.
+
+    Raises `DataError` when the dataset is not the one the run was trained on any more.
+    """
     folder = Path(trained.folder)
     recipe, dataset = read_recipe(folder), load_dataset(trained.dataset)
+    if dataset.fingerprint() != trained.dataset_fingerprint:
+        raise DataError(f"{trained.dataset}: has changed since the run {folder.name} was trained on it; train again")
     events = training_events(dataset, recipe.section(DataConfig))
     tables = recipe.section(TablesConfig)
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)

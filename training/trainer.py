@@ -10,9 +10,9 @@ The run folder must be on storage that all workers share.
 """
 
 import argparse
+import datetime
 import json
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,7 @@ class TrainedRun:
 
     folder: str
     dataset: str
+    dataset_fingerprint: str
     checkpoint: str
     """Folder of the last checkpoint: best epoch, then the final pass."""
     encoder_fingerprint: str
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     """Train within an open Ray session. Raises `EngineError` when the workers failed for good."""
-    folder = home.runs / time.strftime("train-%Y%m%d-%H%M%S", time.gmtime())
+    folder = home.runs / f"train-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}"
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(recipe.to_toml())
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
@@ -118,6 +119,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     trained = TrainedRun(
         folder=str(folder),
         dataset=str(Path(dataset.path).resolve()),
+        dataset_fingerprint=dataset.fingerprint(),
         checkpoint=checkpoint.path,
         encoder_fingerprint=encoder.fingerprint,
         metrics=dict(metrics),
