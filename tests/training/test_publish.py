@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -98,8 +100,19 @@ def test_the_command_publishes_the_newest_run(board) -> None:
 
 
 def test_without_a_run_the_error_says_what_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no training run; `recloop train` makes one"):
+    with pytest.raises(DataError, match="holds no finished training run; `recloop train` makes one"):
         latest_run(Home(tmp_path).ensure())
+
+
+def test_a_run_whose_dataset_was_prepared_anew_otherwise_publishes_nothing(board, tmp_path: Path) -> None:
+    other = tmp_path / "dataset"
+    shutil.copytree(board.dataset.path, other)
+    items = board.dataset.items()
+    pq.write_table(items.take(list(reversed(range(len(items))))), other / "items.parquet")
+    registry = Registry(tmp_path / "registry")
+    with pytest.raises(DataError, match="has changed since"):
+        publish_run(replace(board.trained, dataset=str(other)), registry)
+    assert registry.versions() == []
 
 
 def test_a_run_whose_dataset_is_gone_publishes_nothing(board, tmp_path: Path) -> None:
