@@ -315,12 +315,18 @@ def test_the_demo_runs_the_whole_loop_and_reports_it(demo_home):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("moment_s", [1.5, 6.0, 15.0, 30.0, 50.0])
-def test_ctrl_c_at_any_moment_of_the_demo_leaves_nothing_behind(demo_home, moment_s):
+@pytest.mark.parametrize(
+    ("stage", "then_s"),
+    [("", 1.5), ("training on", 0.5), ("training on", 12.0), ("published version", 2.0), ("serving at", 3.0)],
+)
+def test_ctrl_c_at_any_moment_of_the_demo_leaves_nothing_behind(demo_home, stage, then_s):
     port = find_free_port()
     before = set(Path("/tmp").glob("recloop-*"))
-    with running_recloop(*DEMO, "--home", str(demo_home), "--port", str(port)) as demo:
-        time.sleep(moment_s)
+    with running_recloop(*DEMO, "--stay", "--home", str(demo_home), "--port", str(port)) as demo:
+        assert demo.stderr is not None
+        while stage and stage not in demo.stderr.readline():
+            assert demo.poll() is None
+        time.sleep(then_s)
         started = descendants(demo)
         os.killpg(demo.pid, signal.SIGINT)
         _, messages = demo.communicate(timeout=60)

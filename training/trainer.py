@@ -13,6 +13,8 @@ import argparse
 import datetime
 import json
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,9 +161,26 @@ def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> "Result":
     )
     with _EpochBar(folder / METRICS_FILE, config.epochs + config.final_epochs):
         try:
-            return trainer.fit()
+            return _wait_for(trainer.fit)
         except TrainingFailedError as error:
             raise EngineError(f"training failed: {error}") from error
+
+
+def _wait_for(fit: Callable[[], "Result"]) -> "Result":
+    """Fit on a thread of its own, so that Ctrl-C stays Ctrl-C.
+
+    On the main thread Ray Train puts a SIGINT handler of its own in place, for good, that ends in exit code 1 (2.60).
+    """
+    fitted: Future[Result] = Future()
+
+    def run_fit() -> None:
+        try:
+            fitted.set_result(fit())
+        except BaseException as error:  # for whoever waits
+            fitted.set_exception(error)
+
+    threading.Thread(target=run_fit, name="ray-train", daemon=True).start()
+    return fitted.result()
 
 
 class _EpochBar:
