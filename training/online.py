@@ -67,7 +67,7 @@ class OnlineConfig:
     """Least time between deltas."""
     poll_interval_ms: int = 50
     """How often an idle trainer looks for events."""
-    compact_every: int = 100
+    compact_every: int = 50
     """Deltas after which they are folded into a new version."""
     keep_versions: int = 2
     """Folded versions that stay with their deltas, for rollback; of trained versions the deltas go, the base stays."""
