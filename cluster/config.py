@@ -27,10 +27,10 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "encoder": "embeddings.text_encoder:EncoderConfig",
         "tables": "embeddings.tables:TablesConfig",
         "model": "training.models.two_stage:ModelConfig",
-        "train": "training.trainer:TrainConfig",
+        "train": "training.run:TrainConfig",
         "policy": "training.policies:PolicyConfig",
-        "online": "training.online:OnlineConfig",
-        "guard": "training.guard:GuardConfig",
+        "online": "training.online.learner:OnlineConfig",
+        "guard": "training.online.guard:GuardConfig",
         "serve": "serving.config:ServeConfig",
     }
 )

@@ -17,7 +17,7 @@ from cluster.home import Home
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
 
-ONLINE_TRAINER = ("training.online_actor", "running_trainer")
+ONLINE_TRAINER = ("training.online.actor", "running_trainer")
 
 
 def run(args: argparse.Namespace) -> None:

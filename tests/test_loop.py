@@ -28,9 +28,9 @@ from serving.catalogue import LiveCatalogue
 from serving.metrics import Metrics
 from serving.recommender import Query, Recommender
 from serving.refresh import Refresher
-from training.online import OnlineLearner
+from training.evaluation.replay import Client, known_users, replay
+from training.online.learner import OnlineLearner
 from training.policies import PolicyConfig
-from training.replay import Client, known_users, replay
 
 ARMS = ("frozen", "state", "live")
 K = 10

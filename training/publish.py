@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.config import Recipe
 from cluster.dataset import load_dataset
 from cluster.engine import open_registry
 from cluster.errors import DataError
-from cluster.home import Home
 from cluster.registry import Registry, VersionRef
 from embeddings.tables import TablesConfig
 from training.checkpoint import read_checkpoint
@@ -29,8 +27,8 @@ from training.models.version import (
     split_checkpoint,
     write_version,
 )
+from training.run import TEXT_FILE, TrainedRun, latest_run, read_recipe
 from training.stream import DataConfig, build_history
-from training.trainer import RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainedRun
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
@@ -39,19 +37,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     trained = TrainedRun.read(folder)
     ref = publish_run(trained, open_registry(read_recipe(folder), args.home))
     return {"version": str(ref), "run": trained.folder, "metrics": trained.metrics}
-
-
-def latest_run(home: Home) -> Path:
-    """Return the folder of the newest finished run. Raises `DataError` when there is none."""
-    runs = sorted(home.runs.glob(f"train-*/{RUN_FILE}"))
-    if not runs:
-        raise DataError(f"{home.runs}: holds no finished training run; `recloop train` makes one")
-    return runs[-1].parent
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """Return the resolved recipe that a run was trained with."""
-    return Recipe.from_toml((folder / RECIPE_FILE).read_text())
 
 
 def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:

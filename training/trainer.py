@@ -15,7 +15,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,78 +23,15 @@ import numpy as np
 
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
-from cluster.errors import ConfigError, DataError, EngineError
+from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.progress import progress
 from cluster.ray_session import ray_session
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from training.step import StepConfig
+from training.run import METRICS_FILE, RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainConfig, TrainedRun
 
 if TYPE_CHECKING:
     from ray.train import Result
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How long and how fast to train."""
-
-    workers: int = 2
-    epochs: int = 20
-    patience: int = 6
-    """Epochs without a better validation NDCG@10 before training stops."""
-    final_epochs: int = 2
-    """Epochs after that over all interactions, the validation ones included."""
-    learning_rate: float = 0.002
-    """Of AdamW on the dense weights."""
-    weight_decay: float = 0.0
-    clip_norm: float = 5.0
-    warmup_steps: int = 50
-    final_rate: float = 0.1
-    """Share of the learning rates left at the last epoch, reached along a cosine, and kept for the final epochs."""
-    max_failures: int = 1
-    """Worker failures after which Ray Train still starts again from the latest checkpoint."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("final_epochs", "warmup_steps", "max_failures", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name}={getattr(self, name)}: must be 0 or more")
-        if not 0 < self.final_rate <= 1:
-            raise ConfigError(f"train.final_rate={self.final_rate}: must be in (0, 1]")
-
-    def step(self) -> StepConfig:
-        """Return the settings of one train step."""
-        return StepConfig(learning_rate=self.learning_rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedRun:
-    """What a finished run leaves behind; written as run.json in its folder."""
-
-    folder: str
-    dataset: str
-    dataset_fingerprint: str
-    checkpoint: str
-    """Folder of the last checkpoint: best epoch, then the final pass."""
-    encoder_fingerprint: str
-    metrics: dict[str, float]
-
-    @classmethod
-    def read(cls, folder: Path) -> "TrainedRun":
-        """Raises `DataError` when the folder holds no finished run."""
-        try:
-            return cls(**json.loads((folder / RUN_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{folder}: holds no finished training run ({error}); `recloop train` makes one") from error
-
-
-RUN_FILE = "run.json"
-RECIPE_FILE = "recipe.toml"
-TEXT_FILE = "text.npy"
-METRICS_FILE = "metrics.jsonl"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON

@@ -31,9 +31,9 @@ from training.evaluation.next_item import Catalogue, later_targets, rank_next_it
 from training.inputs import TrainingInputs, load_inputs
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig
+from training.run import METRICS_FILE, TEXT_FILE, TrainConfig
 from training.step import Optimizers, train_step
 from training.stream import DataConfig, count_batches, stream_batches
-from training.trainer import METRICS_FILE, TEXT_FILE, TrainConfig
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel

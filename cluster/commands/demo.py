@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
         _say(f"published version {version}")
         with (
             _stage("serving.app:running_app")(recipe, home, args.host, args.port) as url,
-            _stage("training.online_actor:running_trainer")(recipe, home),
+            _stage("training.online.actor:running_trainer")(recipe, home),
         ):
             _say(f"serving at {url}; replaying live traffic")
-            summary = _stage("training.report:replay_and_report")(url, recipe, dataset, args.home.reports, args.events)
+            summary = _stage("training.evaluation.report:replay_and_report")(
+                url, recipe, dataset, args.home.reports, args.events
+            )
             summary |= _audit(registry, home, summary["events"]) | {"seconds": round(time.monotonic() - started_s, 1)}
             if args.stay:
                 print_result(summary, as_json=True)

@@ -120,7 +120,7 @@ def _serve(commands: Commands) -> _Parser:
 
 def _replay(commands: Commands) -> _Parser:
     summary = "send a dataset's last part by time to a server as live traffic"
-    parser = _command(commands, "replay", "training.report:run", summary, "", "--url http://127.0.0.1:9000")
+    parser = _command(commands, "replay", "training.evaluation.report:run", summary, "", "--url http://127.0.0.1:9000")
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
     _add_data_flag(parser)
     _add_events_limit(parser)

@@ -23,7 +23,8 @@ from cluster.ray_session import RaySession
 from cluster.registry import Registry
 from training.models.version import USER_ROWS, VersionState, read_version
 from training.publish import publish_run
-from training.trainer import TrainedRun, train_on_ray
+from training.run import TrainedRun
+from training.trainer import train_on_ray
 
 SHARDED_PROGRAM = Path(__file__).with_name("sharded_program.py")
 Dump = Callable[[int, str], dict[str, torch.Tensor]]

@@ -22,7 +22,8 @@ from training.checkpoint import read_checkpoint
 from training.inputs import training_events
 from training.models.served import ServedModel
 from training.models.version import COUNT_ROWS, ITEM_ROWS, TEXT_ROWS, USER_ROWS, checkpoint_names, read_version
-from training.publish import latest_run, publish_run, run
+from training.publish import publish_run, run
+from training.run import latest_run
 from training.stream import DataConfig
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the run, half a minute on idle cores

@@ -20,10 +20,10 @@ from embeddings.vocabulary import Vocabulary
 from training.baselines.ease import replay_ease
 from training.evaluation.metrics import Interval, hit_at_k, mean_interval, ndcg_at_k
 from training.evaluation.next_item import Catalogue, rank_next_items
+from training.evaluation.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
 from training.inputs import training_events
 from training.models.served import ServedModel
 from training.models.version import USER_ROWS, grow_rows
-from training.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
 from training.stream import DataConfig, build_history
 
 SEED = 0

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from training.baselines.ease import Replay
-from training.replay import ReplayRecord
-from training.report import draw, render_table, summarise
+from training.evaluation.replay import ReplayRecord
+from training.evaluation.report import draw, render_table, summarise
 
 RANKS = {"frozen": [0, 0, 0, 2], "state": [0, 3, 0, 1], "live": [1, 3, 11, 1]}
 USERS = ["ann", "bob", "ann", "cy"]

@@ -14,7 +14,7 @@ import pytest
 from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, write_dataset
 from cluster.errors import EngineError
 from cluster.events import Event, events_table
-from training.replay import STATE_PROBE_EVERY, WeightsClock, known_users, list_arms, replay, split_for_replay
+from training.evaluation.replay import STATE_PROBE_EVERY, WeightsClock, known_users, list_arms, replay, split_for_replay
 from training.stream import DataConfig
 
 ARMS = ("frozen", "state", "live")

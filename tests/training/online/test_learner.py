@@ -16,7 +16,7 @@ from cluster.manifest import VersionRef
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.models.served import ServedModel
 from training.models.version import read_version, write_delta
-from training.online import OnlineConfig, OnlineLearner
+from training.online.learner import OnlineConfig, OnlineLearner
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -12,7 +12,7 @@ import ray
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from training.models.version import COUNT_ROWS, read_version
-from training.online_actor import OnlineTrainer, running_trainer
+from training.online.actor import OnlineTrainer, running_trainer
 
 KILLS = 5
 PATIENCE_S = 30.0
@@ -22,7 +22,7 @@ PATIENCE_S = 30.0
 def start_trainer():
     """Start real trainer processes, forked from a server that has imported everything; none outlives the test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.online_actor", "torchrec.distributed.model_parallel", "transformers"])
+    context.set_forkserver_preload(["training.online.actor", "torchrec.distributed.model_parallel", "transformers"])
     started = []
 
     def start(tiny):

@@ -1,7 +1,7 @@
 """The process that learns online: one Ray actor that reads the log, learns, publishes, for as long as it lives.
 
 In:  a registry, an event log and the encoder's settings.  Out: deltas; `status` for whoever asks.
-Knows nothing of how learning works (training/online.py). Crash-only: on any error the process ends, Ray starts it again
+Knows nothing of how learning works (training/online/learner.py). Crash-only: on any error the process ends, Ray starts it again
 and it goes on after the last published delta.
 """
 
@@ -24,7 +24,7 @@ from cluster.home import Home
 from cluster.log import EventLog
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from training.online import OnlineConfig, OnlineLearner
+from training.online.learner import OnlineConfig, OnlineLearner
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from cluster.events import INTERACTION_KINDS
 from cluster.output import render_result
 from training.baselines.ease import Replay, replay_ease
 from training.evaluation.metrics import difference_interval, hit_at_k, mean_interval, ndcg_at_k, running_mean
-from training.replay import SLATE, ReplayRecord, known_users, list_arms, replay, split_for_replay
+from training.evaluation.replay import SLATE, ReplayRecord, known_users, list_arms, replay, split_for_replay
 from training.stream import DataConfig
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Online training: the batch train step on the event log, published as deltas.
 
 In:  logged events after the last learned one.  Out: deltas of the promoted version, each with the range it covers.
-Knows nothing of HTTP or processes: training/online_actor.py drives it.
+Knows nothing of HTTP or processes: training/online/actor.py drives it.
 
     read events ─▶ predict them (progressive validation) ─▶ train_step with some old sequences ─▶ guard ─▶ delta
 
@@ -25,10 +25,10 @@ from cluster.registry import Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.text_encoder import TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
-from training.guard import GuardConfig, ProgressiveValidation
-from training.live_model import LiveModel
-from training.live_sequences import LiveHistory, build_live_sequences, join_sequences
 from training.models.version import Change, VersionState, read_version, write_delta, write_version
+from training.online.guard import GuardConfig, ProgressiveValidation
+from training.online.model import LiveModel
+from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, cut_windows
 

@@ -10,8 +10,6 @@ from cluster.events import events_table
 from cluster.log import Interaction
 from cluster.manifest import VersionRef
 from embeddings.batch import PAD, build_batch
-from training.live_model import LiveModel
-from training.live_sequences import LiveHistory, build_live_sequences
 from training.models.served import ServedModel
 from training.models.version import (
     COUNT_ROWS,
@@ -23,6 +21,8 @@ from training.models.version import (
     write_delta,
     write_version,
 )
+from training.online.model import LiveModel
+from training.online.sequences import LiveHistory, build_live_sequences
 from training.step import StepConfig
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -9,7 +9,7 @@ from cluster.events import KINDS, Event, events_table
 from cluster.log import EventLog, Interaction
 from embeddings.batch import PAD, Sequences
 from embeddings.vocabulary import Vocabulary
-from training.live_sequences import LiveHistory, build_live_sequences, join_sequences
+from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
 from training.stream import Windows, build_history, build_sequences, windows_before
 
 ITEMS = Vocabulary(["a", "b", "c", "d", "e"], 10)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError
-from training.guard import GuardConfig, ProgressiveValidation
+from training.online.guard import GuardConfig, ProgressiveValidation
 
 BASE = np.full(10, 2.0)
 

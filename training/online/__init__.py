@@ -1,0 +1,8 @@
+"""Learning from the event log while it serves.
+
+actor.py      the Ray actor: read, learn, publish, for as long as it lives
+learner.py    what a step of that is, and what becomes of it: a delta, a rollback, a new version
+model.py      a version taken up for further training, and what changed in it
+sequences.py  histories from the log as sequences to learn from
+guard.py      progressive validation: whether what was learned may be served
+"""
