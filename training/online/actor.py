@@ -1,8 +1,8 @@
 """The process that learns online: one Ray actor that reads the log, learns, publishes, for as long as it lives.
 
 In:  a registry, an event log and the encoder's settings.  Out: deltas; `status` for whoever asks.
-Knows nothing of how learning works (training/online/learner.py). Crash-only: on any error the process ends, Ray starts it again
-and it goes on after the last published delta.
+Knows nothing of how learning works (training/online/learner.py). Crash-only: on any error the process ends, Ray starts
+it again and it goes on after the last published delta.
 """
 
 import contextlib

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("process_group")
 STEP = StepConfig(learning_rate=0.01, weight_decay=0.0, clip_norm=1.0)
 
 
-def take_up(tiny, ref=VersionRef(1)) -> LiveModel:
-    state = read_version(tiny.registry, ref, with_optimizer=True)
+def take_up(tiny, ref=None) -> LiveModel:
+    state = read_version(tiny.registry, ref or VersionRef(1), with_optimizer=True)
     return LiveModel(state, STEP, 1.0, torch.device("cpu"), seed=0)
 
 
