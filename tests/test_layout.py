@@ -32,3 +32,10 @@ def test_tests_mirror_the_source_tree() -> None:
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     code = "import sys, cluster.cli; print(sorted({'torch', 'ray', 'pandas', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_readme_s_tree_names_every_module() -> None:
+    tree = (ROOT / "README.md").read_text("utf-8").partition("## What is where")[2]
+    modules = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    names = {path.name for path in modules if not path.name.startswith("__")}
+    assert sorted(name for name in names if name not in tree) == []

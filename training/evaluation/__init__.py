@@ -1,1 +1,1 @@
-"""Ranking metrics and their confidence intervals."""
+"""How good recommendations are: ranking metrics, offline scores, live replays, reports."""
