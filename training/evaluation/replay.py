@@ -18,13 +18,14 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.dataset import Dataset
 from cluster.errors import EngineError
+from cluster.events import INTERACTION_KINDS
 from cluster.progress import progress
 from training.inputs import training_events
 from training.stream import DataConfig
@@ -42,7 +43,7 @@ STATE_ARM = "state"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayRecord:
-    """What happened, one entry an event unless said."""
+    """What happened, one entry an interaction unless said; nobody is asked to predict other events."""
 
     user_ids: list[str]
     cold: np.ndarray
@@ -50,6 +51,7 @@ class ReplayRecord:
     ranks: dict[str, np.ndarray]
     """Arm to the rank of the event's item in its slate; 0 when it was not in it."""
     acked_seqs: np.ndarray
+    """Sequence number of every event posted."""
     state_ms: np.ndarray
     """Ack to reflected user state, of the events probed."""
     weights_ms: np.ndarray
@@ -66,6 +68,14 @@ class Client:
         address = urllib.parse.urlsplit(url)
         self._host, self._port = address.hostname or "", address.port or 80
         self._local = threading.local()
+        self._opened: list[http.client.HTTPConnection] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._opened:
+            connection.close()
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:  # Any: JSON
         """Return the answer. Raises `EngineError` when the server does not answer or refuses the request.
@@ -93,6 +103,7 @@ class Client:
         connection = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_S)
+            self._opened.append(connection)
         connection.request(method, path, data, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
@@ -122,7 +133,8 @@ def split_for_replay(dataset: Dataset, data: DataConfig, limit: int | None = Non
 
 def list_arms(url: str) -> list[str]:
     """Return the arms that a server answers."""
-    return list(Client(url).request("GET", "/v1/versions")["arms"])
+    with Client(url) as client:
+        return list(client.request("GET", "/v1/versions")["arms"])
 
 
 def known_users(events: pa.Table) -> frozenset[str]:
@@ -132,15 +144,20 @@ def known_users(events: pa.Table) -> frozenset[str]:
 
 def replay(url: str, events: pa.Table, arms: Sequence[str], known: frozenset[str]) -> ReplayRecord:
     """Send every event, in order, and return what came back. Raises `EngineError` when the server gives up."""
-    client, clock = Client(url), WeightsClock()
+    clock = WeightsClock()
     started_s = time.monotonic()
     ranks: dict[str, list[int]] = {arm: [] for arm in arms}
     state_ms: list[float] = []
     rows = events.to_pylist()
-    with ThreadPoolExecutor(len(arms)) as pool, progress(len(rows), "replaying", unit="event") as bar:
+    with (
+        Client(url) as client,
+        ThreadPoolExecutor(len(arms)) as pool,
+        progress(len(rows), "replaying", unit="event") as bar,
+    ):
         for number, row in enumerate(rows):
-            answers = list(pool.map(lambda arm, user_id=row["user_id"]: _recommend(client, user_id, arm), arms))
-            for arm, answer in zip(arms, answers, strict=True):
+            asked = arms if row["kind"] in INTERACTION_KINDS else ()
+            answers = pool.map(lambda arm, user_id=row["user_id"]: _recommend(client, user_id, arm), asked)
+            for arm, answer in zip(asked, list(answers), strict=True):
                 ranks[arm].append(_rank(row["item_id"], answer))
                 if arm == LIVE_ARM:
                     clock.observe(answer["learned_seq"])
@@ -151,9 +168,10 @@ def replay(url: str, events: pa.Table, arms: Sequence[str], known: frozenset[str
                 state_ms.append(_wait_for_state(client, row["user_id"], seq, acked_s))
             bar.update()
         version = _drain(client, clock) if LIVE_ARM in arms else ""
+    user_ids = [row["user_id"] for row in rows if row["kind"] in INTERACTION_KINDS]
     return ReplayRecord(
-        user_ids=events["user_id"].to_pylist(),
-        cold=np.array([user_id not in known for user_id in events["user_id"].to_pylist()], dtype=bool),
+        user_ids=user_ids,
+        cold=np.array([user_id not in known for user_id in user_ids], dtype=bool),
         ranks={arm: np.array(found, np.int64) for arm, found in ranks.items()},
         acked_seqs=np.array([seq for seq, _ in clock.acked], np.int64),
         state_ms=np.array(state_ms),

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> Json:
 def replay_and_report(url: str, recipe: Recipe, dataset: Dataset, folder: Path, limit: int | None = None) -> Json:
     """Replay the dataset's last events on every arm of a server; print the table, draw the picture, return figures."""
     known, live = split_for_replay(dataset, recipe.section(DataConfig), limit)
-    if not len(live):
-        raise DataError(f"{dataset.path}: no events are left to replay after the first {len(known):,}")
+    if not set(live["kind"].unique().to_pylist()) & INTERACTION_KINDS:
+        raise DataError(f"{dataset.path}: no interactions are left to replay after the first {len(known):,}")
     record = replay(url, live, list_arms(url), known_users(known))
     ease = None
     if dataset.info.items <= EASE_ITEM_LIMIT and set(dataset.info.kinds) <= INTERACTION_KINDS:
@@ -82,7 +82,7 @@ def summarise(record: ReplayRecord, ease: Replay | None = None) -> Json:
         for name, waited_ms in (("state", record.state_ms), ("weights", record.weights_ms))
         for percent in (50, 99)
     }
-    return summary | {"events": len(record.user_ids), "version": record.version, "replay_s": record.seconds}
+    return summary | {"events": len(record.acked_seqs), "version": record.version, "replay_s": record.seconds}
 
 
 def render_table(summary: Mapping[str, Any]) -> str:

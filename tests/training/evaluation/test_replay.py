@@ -161,6 +161,17 @@ def test_ranks_are_places_in_the_slates_that_were_answered():
     assert record.ranks["live"].tolist() == [2] * 6
 
 
+def test_an_event_that_is_no_interaction_is_posted_and_nobody_is_asked_to_predict_it():
+    skipped = Event(event_id="shown", user_id="u9", item_id="i9", kind="skip", ts_us=2)
+    mixed = pa.concat_tables([stream(2), events_table([skipped])])
+    recorder = Recorder(always("i1"))
+    with listening(recorder) as url:
+        record = replay(url, mixed, ARMS, frozenset())
+    assert len(recorder.of("/v1/feedback")) == len(record.acked_seqs) == 3
+    assert "u9" not in {request.body["user_id"] for request in recorder.asked()}
+    assert [len(ranks) for ranks in record.ranks.values()] == [2] * len(ARMS)
+
+
 def test_an_arm_that_only_repeats_what_was_posted_never_hits():
     recorder = Recorder(lambda arm, seq: [f"i{n}" for n in range(seq)][-10:])
     with listening(recorder) as url:
