@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 APP_NAME = "recloop"
 HISTORY_TABLE = "history"
-HISTORY_SEED_NAME = "training-history"
-DATASET_SEED_NAME = "dataset-after-training"
+HISTORY_SEED = "training-history"
+DATASET_SEED = "dataset-after-training"
 READY_PATIENCE_S = 60.0
 READY_POLL_S = 0.05
 
@@ -136,15 +136,16 @@ def running_app(recipe: Recipe, home: Home, host: str, port: int, dataset: Datas
 
 
 def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None) -> None:
-    """Give the log's user state what the promoted version was trained on, once, and the rest of the dataset, once.
+    """Make the log's imported past what the promoted version was trained on and, of a dataset, what came after.
 
+    What is imported already stays; the past of a version that was trained on something else gives way.
     Raises `DataError` when the version was trained on another dataset.
     """
     history = registry.open_version(registry.current().version).table(HISTORY_TABLE)
     with EventLog(home.log) as log:
-        log.seed_history(HISTORY_SEED_NAME, history)
+        log.seed_history(HISTORY_SEED, history)
         if dataset is not None:
-            log.seed_history(DATASET_SEED_NAME, _events_after(history, dataset))
+            log.seed_history(DATASET_SEED, _events_after(history, dataset))
 
 
 def _events_after(history: pa.Table, dataset: Dataset) -> pa.Table:

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.catalogue import Item
 from cluster.errors import EngineError
@@ -40,11 +39,9 @@ from cluster.log.records import (
     item_row,
     logged_event,
 )
+from cluster.log.seeds import build_seed, count_seeded, write_seed
 
 NO_BOUND = 2**63 - 1
-FIRST_SEED_SEQ = -(2**40)
-"""Where imported history starts: room for a trillion interactions before the log's first event."""
-SEED_CHUNK_ROWS = 50_000
 WRITER_CACHE_BYTES = 64 << 20
 READER_CACHE_BYTES = 8 << 20
 
@@ -120,12 +117,19 @@ class EventLog:
         rows = self._rows("SELECT item_id FROM user_history WHERE user_id = ? AND seq < ?", (user_id, bound))
         return frozenset(item_id for (item_id,) in rows)
 
-    def seed_history(self, name: str, events: pa.Table) -> int:
-        """Import past interactions once per name and return how many entered user history (0 the second time).
+    def seed_history(self, kind: str, events: pa.Table) -> int:
+        """Import past interactions and return how many entered user history: 0 where the same are there already.
 
-        They come before every event of the log, ordered by time, and are never returned by `read`.
+        They come before every event of the log, ordered by time, and are never returned by `read`. Others of that kind
+        are replaced, together with what was imported after them, in one transaction; live history stays as it is.
         """
-        return self._writer.submit(lambda connection: _seed(connection, name, events)).result()
+        seed = build_seed(kind, events)
+        return self._writer.submit(lambda connection: write_seed(connection, seed)).result()
+
+    def count_seeded(self, kind: str) -> int:
+        """Return how many past interactions of a kind are imported."""
+        with self._reader() as connection:
+            return count_seeded(connection, kind)
 
     def put_items(self, items: Sequence[Item]) -> int:
         """Write items, replacing those of the same id, and return the last one's number."""
@@ -199,25 +203,6 @@ def _append_one(connection: sqlite3.Connection, event: Event, acked_us: int) -> 
         entry = (event.user_id, seq, event.item_id, event.kind, event.value, event.ts_us)
         connection.execute(INSERT_HISTORY, entry)
     return Appended(event.event_id, seq, duplicate=False)
-
-
-def _seed(connection: sqlite3.Connection, name: str, events: pa.Table) -> int:
-    if connection.execute("SELECT 1 FROM seeds WHERE name = ?", (name,)).fetchone():
-        return 0
-    columns = ["user_id", "item_id", "kind", "value", "ts_us"]
-    chosen = events.filter(pc.field("kind").isin(sorted(INTERACTION_KINDS))).select(columns)
-    chosen = chosen.sort_by("ts_us")  # stable: simultaneous interactions keep their order
-    first_seq = connection.execute(
-        "SELECT coalesce(max(first_seq + rows), ?) FROM seeds", (FIRST_SEED_SEQ,)
-    ).fetchone()[0]
-    seq = first_seq
-    for batch in chosen.to_batches(max_chunksize=SEED_CHUNK_ROWS):
-        users, items, kinds, values, times = (column.to_pylist() for column in batch.columns)
-        seqs = range(seq, seq + batch.num_rows)
-        connection.executemany(INSERT_HISTORY, zip(users, seqs, items, kinds, values, times, strict=True))
-        seq += batch.num_rows
-    connection.execute("INSERT INTO seeds VALUES (?, ?, ?)", (name, first_seq, chosen.num_rows))
-    return chosen.num_rows
 
 
 def _put_items(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:

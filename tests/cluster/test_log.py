@@ -225,11 +225,50 @@ def test_imported_history_is_never_read_as_events(log):
     assert_sound(log)
 
 
-def test_importing_the_same_name_again_changes_nothing(log):
+def test_importing_the_same_past_again_changes_nothing(log):
     table = past((7, "u1", "click", 30), (8, "u2", "click", 31))
     assert [log.seed_history("ml", table), log.seed_history("ml", table)] == [2, 0]
     assert log.seed_history("more", past((9, "u1", "click", 1))) == 1
     assert [entry.item_id for entry in log.user_state("u1", 10).history] == ["m7", "m9"]
+
+
+def history(log, user_id):
+    return [entry.item_id for entry in log.user_state(user_id, 10).history]
+
+
+def test_another_past_of_the_same_kind_takes_its_place_and_live_history_stays(log):
+    log.append([make_event(1)])
+    log.seed_history("ml", past((7, "u1", "click", 30), (8, "u2", "click", 31)))
+    assert log.seed_history("ml", past((7, "u1", "click", 30), (9, "u1", "like", 31), (5, "u1", "click", 32))) == 3
+    assert (history(log, "u1"), history(log, "u2")) == (["m7", "m9", "m5", "m1"], [])
+    assert log.count_seeded("ml") == 3
+    assert log.head_seq() == 1
+    assert_sound(log)
+
+
+@pytest.mark.parametrize("changed", [(6, "u1", "click", 30), (7, "u2", "click", 30), (7, "u1", "like", 30)])
+def test_a_past_is_known_by_what_it_holds_whatever_its_events_are_called(log, changed):
+    log.seed_history("ml", past((7, "u1", "click", 30)))
+    other = past(changed)
+    assert log.seed_history("ml", other.set_column(0, "event_id", past((7, "u1", "click", 30))["event_id"])) == 1
+
+
+def test_replacing_a_past_removes_what_was_imported_after_it_and_nothing_before(log):
+    log.seed_history("trained", past((1, "u1", "click", 1)))
+    log.seed_history("later", past((2, "u1", "click", 2)))
+    log.seed_history("later", past((3, "u1", "click", 2), (4, "u1", "click", 3)))
+    assert history(log, "u1") == ["m1", "m3", "m4"]
+    log.seed_history("trained", past((5, "u1", "click", 1)))
+    assert history(log, "u1") == ["m5"]
+    assert (log.count_seeded("trained"), log.count_seeded("later")) == (1, 0)
+
+
+def test_a_past_that_cannot_be_written_leaves_the_one_there_was(log):
+    log.seed_history("ml", past((7, "u1", "click", 30)))
+    table = past((8, "u1", "click", 30), (9, "u1", "click", 31))
+    with pytest.raises(EngineError, match="user_id"):
+        log.seed_history("ml", table.set_column(table.schema.get_field_index("user_id"), "user_id", [["u1", None]]))
+    assert history(log, "u1") == ["m7"]
 
 
 def test_a_failed_import_leaves_nothing_behind(log):

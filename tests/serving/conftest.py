@@ -68,12 +68,13 @@ def tiny_recipe() -> Recipe:
 
 
 class TinyVersions:
-    """A registry of random weights for items i0, i1, … and users u0, u1, …, who have liked i0 and i1."""
+    """A registry of random weights for items i0, i1, … and users u0, u1, …, who have liked i0 and i1
+    unless said."""
 
     def __init__(self, home: Home) -> None:
         self.registry = Registry(home.registry)
 
-    def publish_version(self, *, seed: int = 0) -> VersionRef:
+    def publish_version(self, *, seed: int = 0, likes: int = 2, **metrics: object) -> VersionRef:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         recipe = tiny_recipe()
@@ -94,14 +95,14 @@ class TinyVersions:
             dense=TwoStage(recipe.section(ModelConfig), dim, TEXT_DIM).state_dict(),
             optimizer={},
         )
-        likes = [
+        history = [
             Event(user_id=f"u{user}", item_id=f"i{item}", kind="like", ts_us=item)
             for user in range(USERS)
-            for item in range(2)
+            for item in range(likes)
         ]
         draft = self.registry.draft_version()
-        write_version(draft, state, events_table(likes))
-        return draft.publish(offset=0, metrics={})
+        write_version(draft, state, events_table(history))
+        return draft.publish(offset=0, metrics=metrics)
 
     def publish_delta(
         self, *, seed: int = 0, value: float | None = None, promote: bool = True, last_seq: int | None = None
