@@ -202,13 +202,17 @@ class VersionDraft(_Draft):
         metrics: Mapping[str, Any],  # Any: whatever JSON holds
         parent: VersionRef | None = None,
         promote: bool = True,
+        promote_from: VersionRef | None = None,
     ) -> VersionRef:
-        """Make the draft the next version, which has learned events up to `offset`; return its name."""
+        """Make the draft the next version, which has learned events up to `offset`; return its name.
+
+        With `promote_from` the pointer follows only from there: once someone has moved it, the version waits.
+        """
         with self._storage.lock():
             taken = [int(name) for name in self._storage.list("versions") if name.isdecimal()]
             ref = VersionRef(max(taken, default=0) + 1)
             self._place(ref, self._registry.manifest(parent) if parent else None, None, offset, metrics)
-            if promote:
+            if promote and (promote_from is None or self._pointer.is_at(promote_from)):
                 self._pointer.move(ref, "published")
         return ref
 
@@ -230,12 +234,12 @@ class DeltaDraft(_Draft):
         """Make the draft the version's next delta, which learned events `first_seq … last_seq`; return its name.
 
         The pointer follows only from the delta's parent: once someone has rolled back, new deltas wait for `promote`.
-        Raises `RegistryError` when an event would be learned twice along the chain.
+        Raises `RegistryError` when an event would be learned twice along the chain, or left out of it.
         """
         with self._storage.lock():
             numbers = _published(self._storage, f"{VersionRef(self._base).folder}/deltas")
             parent = self._registry.manifest(VersionRef(self._base, max(numbers, default=0)))
-            if first_seq <= parent.last_seq or last_seq < parent.last_seq:
+            if first_seq != parent.last_seq + 1 or last_seq < parent.last_seq:
                 raise RegistryError(
                     f"delta of events {first_seq}…{last_seq}: {parent.ref} has learned up to {parent.last_seq}; "
                     f"start at {parent.last_seq + 1}"

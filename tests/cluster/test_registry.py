@@ -153,8 +153,8 @@ def test_deltas_are_numbered_from_one_and_move_the_pointer(registry):
     assert registry.open_delta(1, 2).tensors("rows")["changed"].tolist() == [21, 30]
 
 
-@pytest.mark.parametrize("events", [(10, 20), (5, 9), (11, 9)])
-def test_a_delta_that_would_learn_an_event_twice_is_refused(registry, events):
+@pytest.mark.parametrize("events", [(10, 20), (5, 9), (11, 9), (12, 20)])
+def test_a_delta_that_would_learn_an_event_twice_or_leave_one_out_is_refused(registry, events):
     publish_version(registry, offset=10)
     with pytest.raises(RegistryError, match="start at 11"):
         publish_delta(registry, *events)
@@ -173,6 +173,21 @@ def test_a_rollback_holds_against_later_deltas(registry):
     registry.promote(VersionRef(1, 0), reason="drift")
     publish_delta(registry, 2, 2)
     assert registry.current() == VersionRef(1, 0)
+
+
+def test_a_version_published_from_where_the_pointer_is_takes_it_along(registry):
+    publish_version(registry)
+    publish_delta(registry, 1, 1)
+    assert publish_version(registry, promote_from=VersionRef(1, 1)) == registry.current() == VersionRef(2)
+
+
+def test_a_version_published_from_where_the_pointer_is_no_more_waits_for_promotion(registry):
+    publish_version(registry)
+    publish_delta(registry, 1, 1)
+    registry.promote(VersionRef(1), reason="drift")
+    assert publish_version(registry, promote_from=VersionRef(1, 1)) == VersionRef(2)
+    assert registry.current() == VersionRef(1)
+    assert len(registry.history()) == 3
 
 
 def test_a_version_can_be_published_without_being_served(registry):
@@ -254,9 +269,9 @@ def test_a_delta_swapped_for_another_breaks_the_chain(folder):
     registry, other = Registry(folder), Registry(folder.with_name("other"))
     publish_version(registry)
     publish_version(other)
-    for target, events in ((registry, (1, 5)), (other, (1, 6))):
-        publish_delta(target, *events)
-        publish_delta(target, 7, 8)
+    for target, last_seq in ((registry, 5), (other, 6)):
+        publish_delta(target, 1, last_seq)
+        publish_delta(target, last_seq + 1, 8)
     stolen = folder.with_name("other") / "versions/000001/deltas/000002/manifest.json"
     (folder / "versions/000001/deltas/000002/manifest.json").write_bytes(stolen.read_bytes())
     with pytest.raises(CorruptVersionError, match=r"deltas/000002.*not a child of 1\.1"):
