@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from cluster.events import EVENT_SCHEMA
 
 SCHEMA_VERSION = 1
 ROWS_PER_PART = 5_000_000
+HASH_BLOCK_BYTES = 1 << 20
 
 ITEM_SCHEMA = pa.schema(
     [
@@ -80,6 +81,8 @@ class DatasetInfo:
     """Raw rows refused, by reason; the rows themselves are in rejected.parquet."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Further figures of the preparation, such as join coverage."""
+    events_sha256: str = ""
+    """Of the event files, one after the other; empty in a dataset from before it was stated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class Dataset:
         return pa.concat_tables(_read_parquet(part, EVENT_SCHEMA, columns) for part in parts)
 
     def fingerprint(self) -> str:
-        """Identify the content by its description, items and users; a dataset prepared anew alike keeps it."""
+        """Identify the content; a dataset prepared anew alike keeps it. The description states the events' digest."""
         digest = hashlib.sha256()
         for name in ("dataset.json", "items.parquet", "users.parquet"):
             digest.update((self.path / name).read_bytes())
@@ -151,10 +154,7 @@ def write_dataset(
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        (draft / "events").mkdir()
-        for part in range(max(1, -(-events.num_rows // ROWS_PER_PART))):
-            rows = events.slice(part * ROWS_PER_PART, ROWS_PER_PART)
-            pq.write_table(rows, draft / "events" / f"part-{part:05d}.parquet", compression="zstd")
+        info = replace(info, events_sha256=_write_events(events, draft / "events"))
         pq.write_table(items, draft / "items.parquet", compression="zstd")
         pq.write_table(users, draft / "users.parquet", compression="zstd")
         if rejected_rows is not None and rejected_rows.num_rows:
@@ -225,6 +225,19 @@ def _sorted_by_time(events: pa.Table) -> pa.Table:
     if times.size < 2 or np.all(times[1:] >= times[:-1]):
         return events
     return events.take(np.argsort(times, kind="stable"))
+
+
+def _write_events(events: pa.Table, folder: Path) -> str:
+    """Write the part files and return the digest of their bytes, in order."""
+    folder.mkdir()
+    digest = hashlib.sha256()
+    for part in range(max(1, -(-events.num_rows // ROWS_PER_PART))):
+        path = folder / f"part-{part:05d}.parquet"
+        pq.write_table(events.slice(part * ROWS_PER_PART, ROWS_PER_PART), path, compression="zstd")
+        with path.open("rb") as stream:
+            while block := stream.read(HASH_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _refuse_foreign_folder(path: Path) -> None:

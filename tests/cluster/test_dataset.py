@@ -1,6 +1,7 @@
 """A dataset folder reads back as it was written, or says which part of it does not hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -77,6 +78,24 @@ def test_preparing_again_replaces_the_dataset_and_leaves_nothing_else(tmp_path: 
     assert write(tmp_path / "d", event(2, 2)).events()["event_id"].to_pylist() == ["e2"]
     assert not (tmp_path / "d" / "rejected.parquet").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_dataset_prepared_alike_keeps_its_fingerprint_and_one_of_other_events_has_another(tmp_path: Path) -> None:
+    first, alike = (write(tmp_path / name, event(1, 1), event(2, 9)) for name in ("first", "alike"))
+    assert first.fingerprint() == alike.fingerprint()
+    swapped = Event(event_id="e1", user_id="u1", item_id="i2", kind="click", ts_us=1, context={"a": "b"})
+    other = write(tmp_path / "other", swapped, event(2, 9))
+    assert replace(other.info, events_sha256=first.info.events_sha256) == first.info
+    assert other.fingerprint() != first.fingerprint()
+
+
+def test_a_dataset_from_before_its_events_were_digested_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "d", event(1, 1))
+    path = tmp_path / "d" / "dataset.json"
+    raw = json.loads(path.read_text())
+    assert len(raw.pop("events_sha256")) == 64
+    path.write_text(json.dumps(raw))
+    assert load_dataset(tmp_path / "d").info.events_sha256 == ""
 
 
 def test_a_failed_write_leaves_the_dataset_that_was_there(tmp_path: Path) -> None:
