@@ -29,21 +29,17 @@ class LiveCatalogue:
         self._items: dict[str, tuple[Item, np.ndarray]] = {}
         self._windows: dict[str, tuple[int, int]] = {}
 
-    def poll(self) -> list[str]:
-        """Read and encode what was put since the last call, and return its ids."""
-        found: list[str] = []
+    def poll(self) -> None:
+        """Read and encode what was put since the last call; raises `EngineError`, keeping what it came to before."""
         while fresh := self._log.read_items(self._item_seq, READ_ITEMS):
             items = [item for _, item in fresh]
             for item, vector in zip(items, self._encode([item.text for item in items]), strict=True):
                 self._remember(item, vector)
-            found += [item.item_id for item in items]
             self._item_seq = fresh[-1][0]
-        return found
 
-    def lay_over(self, model: ServedModel, item_ids: Sequence[str] | None = None) -> ServedModel:
-        """Return a model that also knows these items, or all of the catalogue's."""
-        chosen = self._items.values() if item_ids is None else [self._items[item_id] for item_id in item_ids]
-        lacking = [(item, vector) for item, vector in chosen if model.text_of(item.item_id) != item.text]
+    def lay_over(self, model: ServedModel) -> ServedModel:
+        """Return a model that also knows what was put; the same one where it lacks nothing."""
+        lacking = [(item, vector) for item, vector in self._items.values() if model.text_of(item.item_id) != item.text]
         if not lacking:
             return model
         return model.with_items(

@@ -156,15 +156,13 @@ class Refresher:
 
     def _follow_items(self) -> None:
         before = self.residents
-        fresh = self._catalogue.poll()
-        unavailable = self._catalogue.unavailable(_now_us())
-        if fresh or unavailable != before.unavailable:
-            self._residents = replace(
-                before,
-                live=self._catalogue.lay_over(before.live, fresh),
-                pinned=before.pinned and self._catalogue.lay_over(before.pinned, fresh),
-                unavailable=unavailable,
-            )
+        self._catalogue.poll()
+        self._residents = replace(
+            before,
+            live=self._catalogue.lay_over(before.live),
+            pinned=before.pinned and self._catalogue.lay_over(before.pinned),
+            unavailable=self._catalogue.unavailable(_now_us()),
+        )
 
     def _follow_pointer(self) -> None:
         """Serve the promoted version, or as much of its chain as holds; raises `CorruptVersionError` for the rest."""

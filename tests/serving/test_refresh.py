@@ -8,20 +8,21 @@ from cluster.errors import CorruptVersionError, EngineError, NoVersionError
 from cluster.events import Event
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
-from serving.catalogue import LiveCatalogue
+from serving.catalogue import READ_ITEMS, LiveCatalogue
 from serving.experiments import ARMS
 from serving.metrics import Metrics
 from serving.refresh import Refresher
 
 
 class OneHotEncoder:
-    """Vectors that tell texts apart by length, and a switch to be out of order."""
+    """Vectors that tell texts apart by length, and a switch to be out of order, perhaps only for one text."""
 
     def __init__(self):
         self.answers = True
+        self.stumbles_over = ""
 
     def __call__(self, texts):
-        if not self.answers:
+        if not self.answers or self.stumbles_over in texts:
             raise EngineError("the text encoder does not answer")
         return np.eye(384, dtype=np.float32)[[len(text) % 384 for text in texts]]
 
@@ -128,6 +129,20 @@ def test_without_the_encoder_weights_are_still_followed_and_items_catch_up_later
     refresher.follow()
     assert refresher.residents.live.knows("new")
     assert refresher.problems == {}
+
+
+def test_items_that_were_encoded_before_the_encoder_failed_are_not_lost(log, encoder, start):
+    refresher = start(pinned_version=1)
+    encoder.stumbles_over = "the last film"
+    log.put_items([Item(item_id=f"new{n}", text="a new film") for n in range(READ_ITEMS)])
+    log.put_items([Item(item_id="last", text=encoder.stumbles_over)])
+    with pytest.raises(EngineError):
+        refresher.refresh_items()
+    encoder.stumbles_over = ""
+    refresher.refresh_items()
+    put = {"last", *(f"new{n}" for n in range(READ_ITEMS))}
+    for arm in ("live", "frozen"):
+        assert put <= set(refresher.residents.model_of(ARMS[arm]).item_ids)
 
 
 def test_the_model_before_the_last_swap_stays_in_memory(versions, start):
