@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -28,7 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import Recipe
 from cluster.dataset import Dataset
 from cluster.engine import open_registry
-from cluster.errors import DataError, EngineError
+from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.ray_session import serve_http
@@ -40,6 +39,7 @@ from serving.encoder import Encoder, RemoteEncoder
 from serving.experiments import ARMS
 from serving.gateway import Gateway
 from serving.metrics import Metrics
+from serving.past import seed_history, trained_version
 from serving.preflight import check_version
 from serving.problems import RETRY_AFTER_S
 from serving.recommender import Recommender
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 APP_NAME = "recloop"
-HISTORY_TABLE = "history"
-HISTORY_SEED = "training-history"
-DATASET_SEED = "dataset-after-training"
 READY_PATIENCE_S = 60.0
 READY_POLL_S = 0.05
 
@@ -135,31 +132,17 @@ def running_app(recipe: Recipe, home: Home, host: str, port: int, dataset: Datas
         serve.delete(APP_NAME)
 
 
-def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None) -> None:
-    """Make the log's imported past what the promoted version was trained on and, of a dataset, what came after.
-
-    What is imported already stays; the past of a version that was trained on something else gives way.
-    Raises `DataError` when the version was trained on another dataset.
-    """
-    history = registry.open_version(registry.current().version).table(HISTORY_TABLE)
-    with EventLog(home.log) as log:
-        log.seed_history(HISTORY_SEED, history)
-        if dataset is not None:
-            log.seed_history(DATASET_SEED, _events_after(history, dataset))
-
-
-def _events_after(history: pa.Table, dataset: Dataset) -> pa.Table:
-    events = dataset.events()
-    if events["event_id"].slice(0, len(history)) != history["event_id"]:
-        raise DataError(f"{dataset.path}: is not the dataset that the promoted version was trained on")
-    return events.slice(len(history))
-
-
 def _resolve(config: ServeConfig, registry: Registry) -> ServeConfig:
-    """Return the settings with the pinned version as a number, or without one where no arm needs it."""
-    promoted = check_version(registry, config.pinned_version)
-    needed = any(not ARMS[name].follows_promotions for name in config.arms)
-    return dataclasses.replace(config, pinned_version=(config.pinned_version or promoted.version) if needed else None)
+    """Return the settings with the pinned version as a number, or without one where no arm needs it.
+
+    Unless stated, it is the trained version that the promoted one grew from: a folded one has learned live events.
+    """
+    if any(not ARMS[name].follows_promotions for name in config.arms):
+        pinned = config.pinned_version or trained_version(registry, registry.current())
+    else:
+        pinned = None
+    check_version(registry, pinned)
+    return dataclasses.replace(config, pinned_version=pinned)
 
 
 def _build_app(recipe: Recipe, home: Home, registry: Registry, config: ServeConfig) -> "Application":

@@ -19,7 +19,7 @@ class ServeConfig:
     arms: tuple[str, ...] = ("live",)
     """Arms that a request may name; the first is what it gets when it names none."""
     pinned_version: int | None = None
-    """Version of the arms that do not follow promotions; none is the one promoted when the app starts."""
+    """Version of the arms that do not follow promotions; none is the trained one that the promoted grew from."""
     poll_interval_ms: int = 100
     """How often a replica looks for a new version, delta or item."""
     candidates: int = 100

@@ -4,10 +4,7 @@ import threading
 
 import pytest
 
-from cluster.events import Event
-from cluster.log import EventLog
 from cluster.manifest import VersionRef
-from serving.app import seed_history
 
 
 def item_ids(answer):
@@ -251,16 +248,6 @@ def test_health_readiness_metrics_and_documentation_answer(served):
     assert served.request("GET", "/docs").status == 200
     paths = served.request("GET", "/openapi.json").body["paths"]
     assert {"/v1/recommend", "/v1/feedback", "/v1/items", "/v1/versions", "/healthz", "/readyz"} <= set(paths)
-
-
-def test_a_version_trained_on_something_else_brings_its_own_past(versions, home):
-    seed_history(versions.registry, home)
-    with EventLog(home.log) as log:
-        log.append([Event(user_id="u0", item_id="i9", kind="like", ts_us=1)])
-        assert log.seen_items("u0") == {"i0", "i1", "i9"}
-        versions.publish_version(likes=4)
-        seed_history(versions.registry, home)
-        assert log.seen_items("u0") == {"i0", "i1", "i2", "i3", "i9"}
 
 
 def test_the_log_holds_after_all_of_this(served):

@@ -1,0 +1,46 @@
+"""What the served version was trained on, and users' past before the log's first event.
+
+In:  the registry, the log, perhaps the dataset.  Out: the log's imported past; the version that batch training made.
+Knows nothing of HTTP or of weights.
+"""
+
+import pyarrow as pa
+
+from cluster.dataset import Dataset
+from cluster.errors import DataError
+from cluster.home import Home
+from cluster.log import EventLog
+from cluster.manifest import VersionRef
+from cluster.registry import Registry
+from training.models.version import ROOT
+
+HISTORY_TABLE = "history"
+TRAINING_SEED = "training-history"
+DATASET_SEED = "dataset-after-training"
+
+
+def trained_version(registry: Registry, ref: VersionRef) -> int:
+    """Return the version that batch training made and `ref` grew from, by deltas, folding and rollbacks."""
+    return int(registry.manifest(VersionRef(ref.version)).metrics.get(ROOT, ref.version))
+
+
+def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None) -> None:
+    """Make the log's imported past what the promoted version was trained on and, of a dataset, what came after.
+
+    What is imported already stays; the past of a version that was trained on something else gives way.
+
+    Raises `DataError` when the version was trained on another dataset.
+    """
+    history = registry.open_version(registry.current().version).table(HISTORY_TABLE)
+    later = _events_after(history, dataset) if dataset is not None else None
+    with EventLog(home.log) as log:
+        log.seed_history(TRAINING_SEED, history)
+        if later is not None:
+            log.seed_history(DATASET_SEED, later)
+
+
+def _events_after(history: pa.Table, dataset: Dataset) -> pa.Table:
+    events = dataset.events()
+    if events["event_id"].slice(0, len(history)) != history["event_id"]:
+        raise DataError(f"{dataset.path}: is not the dataset that the promoted version was trained on")
+    return events.slice(len(history))
