@@ -7,6 +7,8 @@ Rows start at zero: an item is first what its text says, and its row learns the 
 The optimiser is row-wise Adagrad (one accumulator a row, `momentum`), the fused one that CPU and CUDA share.
 """
 
+import importlib.metadata
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +54,11 @@ class TablesConfig:
             raise ConfigError(f"tables.memory_fraction={self.memory_fraction}: must be in (0, 1]")
 
 
+def device_type() -> str:
+    """Return `cuda` where a GPU is present and FBGEMM is its CUDA build (`EXTRA=cuda`), else `cpu`."""
+    return "cuda" if torch.cuda.is_available() and _is_installed("fbgemm-gpu") else "cpu"
+
+
 def build_tables(rows: Mapping[str, int], dim: int, learning_rate: float) -> "EmbeddingCollection":
     """Return one table a name, without memory yet (meta device), to be updated inside backward."""
     from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -91,11 +98,13 @@ def shard(module: nn.Module, config: TablesConfig, device: torch.device) -> "Dis
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
     from torchrec.distributed.types import ModuleSharder, ShardingType
 
     workers = dist.get_world_size()
-    free_bytes = int(psutil.virtual_memory().available * config.memory_fraction)
+    logging.getLogger("torchrec").setLevel(logging.ERROR)  # it explains itself at length at every plan
+    free_bytes = psutil.virtual_memory().available
     topology = Topology(
         world_size=workers,
         local_world_size=workers,
@@ -106,7 +115,13 @@ def shard(module: nn.Module, config: TablesConfig, device: torch.device) -> "Dis
     # Whole rows stay together, so that gathering and loading are by row.
     by_row = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value])
     constraints = {name: by_row for module in module.modules() for name in _tables_of(module)}
-    planner = EmbeddingShardingPlanner(topology=topology, batch_size=1, constraints=constraints, debug=False)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=1,
+        storage_reservation=FixedPercentageStorageReservation(percentage=1 - config.memory_fraction),
+        constraints=constraints,
+        debug=False,
+    )
     try:
         # Collective: rank 0 plans, the others receive the plan.
         plan = planner.collective_plan(module, sharders, dist.GroupMember.WORLD)
@@ -161,6 +176,14 @@ def load_tables(sharded: "DistributedModelParallel", whole: Mapping[str, torch.T
             for first, part in parts:
                 rows = whole[name][first : first + part.shape[0]]
                 part[: rows.shape[0]].copy_(rows)
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _table_names(sharded: nn.Module) -> list[str]:

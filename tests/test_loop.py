@@ -49,7 +49,7 @@ class Stack:
         self.refresher.load(1)
         residents = self.refresher
         self.recommender = Recommender(log, lambda: residents.residents, PolicyConfig(), seed=0, candidates=tiny.ITEMS)
-        self.learner = OnlineLearner(tiny.registry, log, encoder, torch.device("cpu"))
+        self.learner = OnlineLearner(tiny.registry, log, tiny.recipe, tiny.home.cache, torch.device("cpu"))
 
     def ask(self, user_id: str, arm: str, k: int = K):
         return self.recommender.recommend(Query(user_id=user_id, k=k, arm=arm))

@@ -27,6 +27,7 @@ from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.progress import progress
 from cluster.ray_session import ray_session
+from embeddings.tables import device_type
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.run import METRICS_FILE, RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainConfig, TrainedRun
 
@@ -75,7 +76,6 @@ def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
 
 
 def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> "Result":
-    import torch
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -83,7 +83,7 @@ def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> "Result":
     from training.worker import train_worker
 
     config = recipe.section(TrainConfig)
-    cuda = torch.cuda.is_available()
+    cuda = device_type() == "cuda"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"recipe": recipe.to_toml(), "dataset": str(dataset.path), "folder": str(folder)},

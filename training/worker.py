@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
 
 PROGRESS_FILE = "progress.json"
-BEST_FOLDER = "best"
 
 
 @dataclass(slots=True)
@@ -81,12 +80,12 @@ def train_worker(job: dict[str, str]) -> None:
             if metrics["ndcg_at_10"] > progress.best_ndcg_at_10:
                 progress.best_epoch = progress.epoch
                 progress.best_hit_at_10, progress.best_ndcg_at_10 = metrics["hit_at_10"], metrics["ndcg_at_10"]
-                save_checkpoint(model, optimizers, folder / BEST_FOLDER)
+                save_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
             progress.epoch += 1
             scalars.write(metrics, progress)
             report(metrics, model, optimizers, progress)
         if progress.final_epochs == 0:
-            load_checkpoint(model, optimizers, folder / BEST_FOLDER)
+            load_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
         while progress.final_epochs < config.final_epochs:
             metrics = train_epoch(model, optimizers, inputs, recipe, progress)
             progress.final_epochs += 1
@@ -94,6 +93,11 @@ def train_worker(job: dict[str, str]) -> None:
             report(metrics, model, optimizers, progress)
         if config.final_epochs == 0:
             report({}, model, optimizers, progress)
+
+
+def best_folder(folder: Path, epoch: int) -> Path:
+    """Return where the best epoch's checkpoint is; one an epoch, so that a crash while writing tears none in use."""
+    return folder / f"best-{epoch}"
 
 
 def train_epoch(

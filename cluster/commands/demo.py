@@ -10,16 +10,20 @@ dataset and the text vectors are kept.
 """
 
 import argparse
+import contextlib
+import fcntl
 import importlib
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from cluster.config import EngineConfig, load_recipe
 from cluster.dataset import Dataset, load_dataset
-from cluster.errors import GateError
+from cluster.engine import open_registry
+from cluster.errors import EngineError, GateError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.output import print_result
@@ -35,13 +39,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
     """Run every stage and report. Raises `GateError` when an event was lost or learned twice."""
     started_s = time.monotonic()
     assert_port_free(args.host, args.port)
-    recipe = load_recipe(args.recipe, [f"serve.arms={list(ARMS)}", f"train.workers={args.workers}", *args.overrides])
+    workers = [f"train.workers={args.workers}"] if args.workers else []
+    recipe = load_recipe(args.recipe, [f"serve.arms={list(ARMS)}", *workers, *args.overrides])
     dataset = _prepared(args.home.ensure())
-    home = _fresh_home(args.home)
     engine = recipe.section(EngineConfig)
-    with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
-        registry = Registry(home.registry)
-        _say(f"training on {dataset.info.name} with {args.workers} workers")
+    with _only_demo(args.home), ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
+        home = _fresh_home(args.home)
+        registry = open_registry(recipe, home)
+        _say(f"training on {dataset.info.name}")
         trained = _stage("training.trainer:train_on_ray")(recipe, dataset, home)
         version = _stage("training.publish:publish_run")(trained, registry)
         _say(f"published version {version}")
@@ -71,10 +76,22 @@ def _prepared(home: Home) -> Dataset:
     return load_dataset(home.default_dataset)
 
 
+@contextlib.contextmanager
+def _only_demo(home: Home) -> Iterator[None]:
+    """Hold the home's demo folder for the block. Raises `EngineError` while another demo runs there."""
+    with (home.path / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EngineError(f"{home.path}: another demo runs in this home; name another with --home") from error
+        yield
+
+
 def _fresh_home(home: Home) -> Home:
     """Return the demo's own home, emptied, that shares the cache."""
     path = home.path / "demo"
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(path)
     path.mkdir()
     (path / "cache").symlink_to(home.cache, target_is_directory=True)
     return Home(path).ensure()
@@ -83,14 +100,19 @@ def _fresh_home(home: Home) -> Home:
 def _audit(registry: Registry, home: Home, acked: int) -> dict[str, int]:
     """Count acked events that the log or the trainer does not have, and events that the trainer has twice.
 
-    Every event of the log was acked to the replay, its only client. A version states how many events were learned up
-    to it; the demo waits until they are all of the log's.
+    Every event of the log was acked to the replay, its only client. A version states how many events were applied up to
+    it; the registry lets no delta leave a gap after its parent or overlap it, and the demo waits for the last event.
     """
     with EventLog(home.log) as log:
         report = log.verify()
-    applied = int(registry.manifest(registry.current()).metrics.get("events_total", 0))
-    missing = max(acked - report.events, 0) + max(report.events - applied, 0)
-    return {"lost": missing, "applied": applied, "applied_twice": max(applied - report.events, 0)}
+    metrics = registry.manifest(registry.current()).metrics
+    applied = int(metrics.get("events_total", 0))
+    return {
+        "lost": max(acked - report.events, 0) + max(report.events - applied, 0),
+        "applied": applied,
+        "applied_twice": max(applied - report.events, 0),
+        "set_aside": int(metrics.get("set_aside_total", 0)),
+    }
 
 
 def _stage(target: str) -> Stage:

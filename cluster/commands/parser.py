@@ -97,9 +97,9 @@ def _train(commands: Commands) -> _Parser:
 
 def _evaluate(commands: Commands) -> _Parser:
     summary = "score a published version on a dataset's last part by time"
-    parser = _command(commands, "evaluate", "training.evaluation.command:run", summary, "", "--version 1.37")
+    parser = _command(commands, "evaluate", "training.evaluation.command:run", summary, "", "--version 1")
     _add_data_flag(parser)
-    parser.add_argument("--version", metavar="V", help="such as 1 or 1.37; default: the promoted one")
+    parser.add_argument("--version", metavar="V", help="such as 1; default: the trained version that serves")
     return parser
 
 
@@ -175,7 +175,7 @@ def _add_data_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workers_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", metavar="N", type=_positive, default=2, help="default: %(default)s")
+    parser.add_argument("--workers", metavar="N", type=_positive, help="default: the recipe's train.workers")
 
 
 def _add_address_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from cluster.dataset import Dataset, load_dataset
 from cluster.engine import open_registry
 from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS
-from cluster.registry import VersionRef
+from cluster.registry import Registry, VersionRef
 from embeddings.vocabulary import Vocabulary
 from training.baselines.ease import replay_ease
 from training.evaluation.metrics import Interval, hit_at_k, mean_interval, ndcg_at_k
@@ -23,7 +23,7 @@ from training.evaluation.next_item import Catalogue, rank_next_items
 from training.evaluation.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
 from training.inputs import training_events
 from training.models.served import ServedModel
-from training.models.version import USER_ROWS, grow_rows
+from training.models.version import ROOT, USER_ROWS, grow_rows
 from training.stream import DataConfig, build_history
 
 SEED = 0
@@ -32,9 +32,24 @@ SEED = 0
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     """Score one version: the `recloop evaluate` command."""
     registry = open_registry(load_recipe(args.recipe, args.overrides), args.home)
-    ref = VersionRef.parse(args.version) if args.version else registry.current()
+    ref = VersionRef.parse(args.version) if args.version else _trained_version(registry)
     dataset = load_dataset(args.data or args.home.default_dataset)
-    return {"version": str(ref)} | evaluate(ServedModel.load(registry, ref), dataset)
+    model = ServedModel.load(registry, ref)
+    if model.learned_seq:
+        raise DataError(
+            f"version {ref}: has learned {model.learned_seq:,} live events, which may be those it would be scored on; "
+            f"evaluate a trained version, such as {_trained_version(registry)}"
+        )
+    history = registry.open_version(ref.version).table("history")
+    if dataset.events(["event_id"])["event_id"].slice(0, len(history)) != history["event_id"]:
+        raise DataError(f"{dataset.path}: is not the dataset that version {ref} was trained on")
+    return {"version": str(ref)} | evaluate(model, dataset)
+
+
+def _trained_version(registry: Registry) -> VersionRef:
+    """Return the promoted version, or the trained one that it grew from."""
+    current = registry.current()
+    return VersionRef(int(registry.manifest(VersionRef(current.version)).metrics.get(ROOT, current.version)))
 
 
 def evaluate(model: ServedModel, dataset: Dataset) -> dict[str, Any]:  # Any: JSON
@@ -54,10 +69,17 @@ def evaluate(model: ServedModel, dataset: Dataset) -> dict[str, Any]:  # Any: JS
     first = np.isin(targets, history.starts)
     ranks = np.zeros(len(targets), np.int64)
     ranks[~first] = rank_next_items(model.dense, catalogue, history, targets[~first])
-    ranks[first] = 1 + (model.popularity_I[None] > model.popularity_I[history.item_row[targets[first]], None]).sum(1)
+    ranks[first] = _popularity_ranks(model.popularity_I)[history.item_row[targets[first]]]
     return _describe(ranks, history.user_row[targets], set(users.rows(known["user_id"]).tolist())) | _ease(
         dataset, len(known)
     )
+
+
+def _popularity_ranks(popularity_I: np.ndarray) -> np.ndarray:
+    """Return each item's rank by popularity, ties in row order, as a stranger is served."""
+    ranks = np.empty(len(popularity_I), np.int64)
+    ranks[np.argsort(-popularity_I, kind="stable")] = np.arange(1, len(popularity_I) + 1)
+    return ranks
 
 
 def _all_users(model: ServedModel, events: pa.Table) -> Vocabulary:

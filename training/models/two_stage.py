@@ -181,7 +181,8 @@ class TwoStage(nn.Module):
         """Return the click and rating losses. The towers' vectors come detached: this gradient would spoil retrieval.
 
         Click is noise-contrastive estimation (Gutmann & Hyvärinen, AISTATS 2010): a true pair against C draws from Q
-        has logit log p − log(C·Q), where log p is the retrieval score less its log-partition, estimated from all draws.
+        has logit s − log(C·Q). Here s, the retrieval score less its log-partition as estimated from all draws, tends to
+        the log-odds of the item: draws of the target itself are left out of both.
         Keeping only the hardest draws instead would lift everything that is never among them.
         """
         log_z_R1 = (score_RS - batch.log_q_N[batch.negative_S]).logsumexp(1, keepdim=True) - math.log(score_RS.shape[1])

@@ -26,6 +26,8 @@ from cluster.config import Recipe
 from cluster.registry import Registry, VersionReader, VersionRef
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
+ROOT = "trained_version"
+"""Metric of a version that the online trainer made: the trained version it grew from."""
 ROW_TENSORS = (ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS)
 
 

@@ -17,13 +17,14 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
-from cluster.config import EngineConfig, Recipe
+from cluster.config import Recipe
+from cluster.engine import open_registry
 from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.log import EventLog
-from cluster.registry import Registry
-from embeddings.text_encoder import EncoderConfig, TextEncoder
+from embeddings.tables import device_type
 from training.online.learner import OnlineConfig, OnlineLearner
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,10 @@ class OnlineTrainer:
         """Start learning. Ends the process when the promoted version cannot be taken up."""
         recipe = Recipe.from_toml(recipe_toml)
         torch.set_num_threads(1)
-        self._config = recipe.section(OnlineConfig)
-        self._registry = Registry(recipe.section(EngineConfig).registry_uri or home.registry)
+        self._recipe, self._config = recipe, recipe.section(OnlineConfig)
+        self._registry = open_registry(recipe, home)
         self._log = EventLog(home.log)
-        self._encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
+        self._cache_folder = home.cache
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="online-trainer")
@@ -73,8 +74,8 @@ class OnlineTrainer:
     def _run(self) -> None:
         try:
             dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._learner = OnlineLearner(self._registry, self._log, self._encoder, device)
+            device = torch.device(device_type())
+            self._learner = OnlineLearner(self._registry, self._log, self._recipe, self._cache_folder, device)
             self._ready.set()
             self._follow_log()
         except BaseException:
@@ -108,9 +109,17 @@ def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle[OnlineTr
     actor_class: Any = ray.remote(OnlineTrainer)  # Any: Ray's types do not say what a decorated class offers
     trainer = actor_class.options(num_cpus=0, max_restarts=-1, max_concurrency=4).remote(recipe.to_toml(), home)
     try:
-        if not ray.get(trainer.wait_ready.remote(START_PATIENCE_S)):
-            raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")
+        _wait_until_ready(trainer)
         yield trainer
         ray.get(trainer.stop.remote())
     finally:
         ray.kill(trainer)
+
+
+def _wait_until_ready(trainer: ActorHandle[OnlineTrainer]) -> None:
+    try:
+        ready = ray.get(trainer.wait_ready.remote(START_PATIENCE_S))
+    except RayActorError as error:
+        raise EngineError("online training cannot take up the promoted version; --verbose says why") from error
+    if not ready:
+        raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")

@@ -14,34 +14,36 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from cluster.config import Recipe
 from cluster.errors import ConfigError
 from cluster.events import INTERACTION_KINDS
 from cluster.log import EventLog, LoggedEvent
-from cluster.registry import Registry, VersionRef
+from cluster.registry import Manifest, Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
-from embeddings.text_encoder import TextEncoder
+from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
-from training.models.version import Change, VersionState, read_version, write_delta, write_version
+from training.models.version import ROOT, Change, VersionState, read_version, write_delta, write_version
 from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.model import LiveModel
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
 from training.step import StepConfig
-from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, cut_windows
+from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
 
-HISTORY_NAME = "training-history"
-"""Name under which a version's history is seeded into the event log."""
 LAG_STEPS = 16
 """A trainer that is behind sizes its steps so as to catch up in about so many."""
 FOLDED = "folded"
 """Metric of a version made by folding deltas: the last of them."""
 PUBLISHING = ("published", "delta")
 """Reasons with which the pointer moves as something is published, and not because someone chose."""
-ROOT = "trained_version"
-"""Metric of a version that the online trainer made: the trained version it grew from."""
+FINISHED = "delta, finished after a crash"
+EVENTS, SET_ASIDE = "events_total", "set_aside_total"
+"""Metrics of all that the online trainer publishes: events applied so far, and how many of these the guard or a
+rollback has undone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class OnlineConfig:
     """Learning rate of the tables as a share of their batch rate."""
     clip_norm: float = 1.0
     batch_targets: int = 4096
-    """Targets of a step in batch training: an event weighs here what it weighed there, as optimiser state asks."""
+    """Targets of a batch-training step: to the tables' Adagrad an event weighs what it weighed there."""
     step_events: int = 16
     """Events a step takes while it keeps up: small steps learn more of an event than large ones."""
     max_events: int = 64
@@ -69,8 +71,10 @@ class OnlineConfig:
     """How often an idle trainer looks for events."""
     compact_every: int = 50
     """Deltas after which they are folded into a new version."""
-    keep_versions: int = 2
-    """Folded versions that stay with their deltas, for rollback; of trained versions the deltas go, the base stays."""
+    keep_chains: int = 2
+    """Versions before the present one whose deltas stay, for rollback to each of them."""
+    keep_versions: int = 48
+    """Folded versions that stay; trained versions always do."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +85,7 @@ class OnlineConfig:
         for name in (
             "step_events",
             "max_events",
+            "keep_chains",
             "keep_versions",
             "rehearsal_length",
             "publish_interval_ms",
@@ -96,28 +101,38 @@ class OnlineConfig:
 class OnlineLearner:
     """The promoted version, learning the log."""
 
-    def __init__(self, registry: Registry, log: EventLog, encoder: TextEncoder, device: torch.device) -> None:
-        """Take up the promoted version. Raises `NoVersionError` or `CorruptVersionError`."""
+    def __init__(
+        self, registry: Registry, log: EventLog, recipe: Recipe, cache_folder: Path | None, device: torch.device
+    ) -> None:
+        """Take up the promoted version. Raises `NoVersionError` or `CorruptVersionError`.
+
+        How to learn and what to let through is `recipe`'s; the model and the encoder are the version's own.
+        """
         self.registry = registry
         self.log = log
-        self.encoder = encoder
+        self.config = recipe.section(OnlineConfig)
+        self.guard_config = recipe.section(GuardConfig)
+        self.cache_folder = cache_folder
         self.device = device
-        self._follow_pointer(registry.current(), was=None)
+        self._follow_pointer(registry.current(), took_up=False)
 
     def _take_up(self, ref: VersionRef) -> None:
         """Make weights, optimiser and offset those of a version."""
         state = read_version(self.registry, ref, with_optimizer=True)
         self.ref, self.recipe, self.applied_seq = ref, state.recipe, state.learned_seq
-        self.config, self.data = state.recipe.section(OnlineConfig), state.recipe.section(DataConfig)
+        self.data = state.recipe.section(DataConfig)
+        self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder)
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed)
-        self.guard = ProgressiveValidation(state.recipe.section(GuardConfig))
+        self.guard = ProgressiveValidation(self.guard_config)
         self._good = deque([(ref, 0)])
         self.history_table = self.registry.open_version(ref.version).table("history")
         self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
+        self._rehearsed = np.setdiff1d(np.arange(len(self._rehearsal)), self._rehearsal.starts)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
         self._item_seq = 0
-        self.events_total = int(self.registry.manifest(ref).metrics.get("events_total", 0))
+        metrics = self.registry.manifest(ref).metrics
+        self.events_total, self.set_aside_total = (int(metrics.get(name, 0)) for name in (EVENTS, SET_ASIDE))
         self._start_delta()
 
     def _start_delta(self) -> None:
@@ -153,7 +168,7 @@ class OnlineLearner:
         Returns the delta's name, or none when there is nothing to publish or someone moved the pointer meanwhile.
         """
         if (current := self.registry.current()) != self.ref:
-            self._follow_pointer(current, was=self.ref)
+            self._follow_pointer(current, took_up=True)
             return None
         if not self.pending_events:
             return None
@@ -173,13 +188,18 @@ class OnlineLearner:
         draft = self.registry.draft_delta(self.ref.version)
         write_delta(draft, change)
         self.events_total += self.pending_events
-        metrics = {"events": self.pending_events, "events_total": self.events_total} | metrics
+        totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total}
+        metrics = {"events": self.pending_events} | totals | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
         self._start_delta()
         return self.ref
 
-    def _publish_version(self, metrics: dict[str, object]) -> None:
-        """Publish the present state as a version of its own, child of the one it grew from."""
+    def _publish_version(self, metrics: dict[str, object], promote_from: VersionRef | None = None) -> None:
+        """Publish the present state as a version of its own, child of the one it grew from.
+
+        The pointer follows unless someone has moved it from `promote_from` (the version grown from) meanwhile; the next
+        `publish` then sees that.
+        """
         rows, dense, optimizer = self.live.tensors()
         state = VersionState(
             ref=self.ref,
@@ -194,20 +214,25 @@ class OnlineLearner:
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
-        metrics = {"events_total": self.events_total, ROOT: self._root(self.ref)} | metrics
-        self.ref = draft.publish(offset=self.applied_seq, metrics=metrics, parent=self.ref)
+        totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
+        self.ref = draft.publish(
+            offset=self.applied_seq,
+            metrics=totals | metrics,
+            parent=self.ref,
+            promote_from=promote_from or self.ref,
+        )
         self._start_delta()
 
     def _drop_old_versions(self) -> None:
-        """Drop folded versions but the newest ones, and the deltas of all before those."""
+        """Keep the deltas of the newest versions, the bases of many, and every trained version."""
         earlier = [manifest for manifest in self.registry.versions() if manifest.ref.version < self.ref.version]
+        for manifest in earlier[: -self.config.keep_chains]:
+            self.registry.drop_deltas(manifest.ref.version)
         for manifest in earlier[: -self.config.keep_versions]:
             if FOLDED in manifest.metrics:
                 self.registry.drop_version(manifest.ref.version)
-            else:
-                self.registry.drop_deltas(manifest.ref.version)
-        kept = {manifest.ref.version for manifest in earlier[-self.config.keep_versions :]} | {self.ref.version}
-        self._good = deque(entry for entry in self._good if entry[0].version in kept) or deque([(self.ref, 0)])
+        chains = {manifest.ref.version for manifest in earlier[-self.config.keep_chains :]} | {self.ref.version}
+        self._good = deque(entry for entry in self._good if entry[0].version in chains) or deque([(self.ref, 0)])
 
     def _damage(self, change: Change) -> str | None:
         """Return why the learning since the last delta ruined the weights, or none."""
@@ -225,6 +250,7 @@ class OnlineLearner:
         events, last_seq = self.pending_events, self.applied_seq
         self._take_up(self.ref)
         self.pending_events, self.applied_seq = events, last_seq
+        self.set_aside_total += events
         return self._publish_delta(self.live.change(), {"set_aside": objection})
 
     def _roll_back(self, objection: str) -> VersionRef:
@@ -237,20 +263,27 @@ class OnlineLearner:
         self._restart(good, self.applied_seq, self.events_total + self.pending_events, {"set_aside": objection})
         return self.ref
 
-    def _follow_pointer(self, current: VersionRef, was: VersionRef | None) -> None:
-        """Take up the promoted version. What was learned on top of it has been rolled back and is not learned again."""
+    def _follow_pointer(self, current: VersionRef, *, took_up: bool) -> None:
+        """Take up the promoted version. What was learned on top of it has been rolled back and is not learned again.
+
+        A learner that starts may find one delta whose publisher ended before it moved the pointer: that one counts.
+        """
         later = self.registry.deltas(current.version, after=current.delta)
-        if was is None and len(later) == 1 and self.registry.history()[-1].reason in PUBLISHING:
-            current, later = later[0].ref, []  # its publisher ended before it moved the pointer
-            self.registry.promote(current, "delta")
-        if was is not None and current < was and self._root(current) == self._root(was):
-            undone = self.registry.manifest(was)
-        elif later:
-            undone = later[-1]
+        if not took_up and len(later) == 1 and self.registry.history()[-1].reason in PUBLISHING:
+            current = later[0].ref
+            self.registry.promote(current, FINISHED)
+        undone = max(self._grown_from(current), key=lambda manifest: manifest.last_seq)
+        if undone.last_seq > self.registry.manifest(current).last_seq:
+            self._restart(current, undone.last_seq, int(undone.metrics[EVENTS]), {})
         else:
             self._take_up(current)
-            return
-        self._restart(current, undone.last_seq, int(undone.metrics["events_total"]), {})
+
+    def _grown_from(self, ref: VersionRef) -> list[Manifest]:
+        """Return the version itself and all that was published on top of it, as far as it is still there."""
+        later = [m for m in self.registry.versions() if m.ref >= ref and self._root(m.ref) == self._root(ref)]
+        chains = [self.registry.deltas(m.ref.version) for m in later]
+        own = self.registry.deltas(ref.version, after=ref.delta)
+        return [self.registry.manifest(ref), *later, *own, *(chain[-1] for chain in chains if chain)]
 
     def _root(self, ref: VersionRef) -> int:
         """Return the trained version that a version grew from, by deltas, folding and rollbacks."""
@@ -258,16 +291,23 @@ class OnlineLearner:
 
     def _restart(self, ref: VersionRef, last_seq: int, events_total: int, metrics: dict[str, object]) -> None:
         """Publish a new version with the weights of `ref` and its offset behind what was learned after them."""
+        was_promoted = self.registry.current()
         self._take_up(ref)
-        first_seq, self.applied_seq, self.events_total = self.applied_seq + 1, last_seq, events_total
-        self._publish_version({"rolled_back_to": str(ref), "set_aside_from_seq": first_seq} | metrics)
+        first_seq, self.applied_seq = self.applied_seq + 1, last_seq
+        self.set_aside_total += events_total - self.events_total
+        self.events_total = events_total
+        self._publish_version(
+            {"rolled_back_to": str(ref), "set_aside_from_seq": first_seq} | metrics, promote_from=was_promoted
+        )
 
     def _describe_put_items(self) -> None:
         """Take in the text of items put since the last look."""
         put = self.log.read_items(self._item_seq, max_items=1_000)
+        if not put:
+            return
         for (_, item), vector in zip(put, self.encoder.encode([item.text for _, item in put]), strict=True):
             self.live.describe(item.item_id, item.text, vector)
-        self._item_seq = put[-1][0] if put else self._item_seq
+        self._item_seq = put[-1][0]
 
     def _histories(self, interactions: Sequence[LoggedEvent]) -> list[LiveHistory]:
         """Return each user's history up to the newest of these interactions, where there is one to predict."""
@@ -286,10 +326,10 @@ class OnlineLearner:
 
     def _train(self, sequences: Sequences) -> None:
         """Take one step on the new interactions, with some of the version's own history again."""
-        windows = cut_windows(self._rehearsal, self.config.rehearsal_length, self._rng)
-        chosen = np.arange(min(self.config.rehearsal_sequences, len(windows)))
-        if len(chosen):
-            sequences = join_sequences(sequences, build_sequences(self._rehearsal, windows.pick(chosen)))
+        if self.config.rehearsal_sequences and len(self._rehearsed):
+            targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
+            windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)
+            sequences = join_sequences(sequences, build_sequences(self._rehearsal, windows))
         sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data.negative_power)
         negatives = sampler.draw(self.data.negatives, self._rng)
         loss_scale = float((sequences.target_row_BL != PAD).sum() / self.config.batch_targets)

@@ -82,11 +82,12 @@ class LiveModel:
         self._described.add(row)
 
     def count(self, item_id: str, user_id: str) -> None:
-        """Note one interaction, giving item and user rows on first sight while the tables have room."""
-        item_row, user_row = self.items.assign(item_id), self.users.assign(user_id)
+        """Note one interaction, giving the user a row on first sight while the table has room.
+
+        An item gets its row when it is described: an id that only feedback names is in no catalogue.
+        """
+        item_row, user_row = self.items.row(item_id), self.users.assign(user_id)
         if item_row != UNKNOWN_ROW:
-            if item_row == len(self.item_texts):
-                self.item_texts.append("")
             self.counts[item_row] += 1
             self._touched_items.add(item_row)
         if user_row != UNKNOWN_ROW:

@@ -14,6 +14,7 @@ from cluster.log import Interaction
 from cluster.manifest import VersionRef
 from training.evaluation.command import evaluate
 from training.models.served import ServedModel
+from training.models.version import ROOT, read_version, write_version
 
 
 def write_events(path, tiny, events):
@@ -109,10 +110,16 @@ def test_a_dataset_with_nothing_left_to_name_is_an_error(build_home, tmp_path):
         evaluate(load(tiny), write_events(tmp_path / "data", tiny, [*tiny.events(20), *shown]))
 
 
+def past_and(tiny, count: int) -> list[Event]:
+    """Return the events that a home's versions were trained on, and `count` after them."""
+    past = tiny.events(tiny.USERS * tiny.CLICKS, prefix="past")
+    return [*past, *tiny.events(count, first=len(past))]
+
+
 def test_the_command_scores_the_promoted_version_or_the_one_named(build_home, tmp_path, capsys):
     tiny = build_home()
     tiny.publish_version(seed=1)
-    write_events(tmp_path / "data", tiny, tiny.events(60))
+    write_events(tmp_path / "data", tiny, past_and(tiny, 60))
     words = ["evaluate", "--home", str(tiny.home.path), "--data", str(tmp_path / "data"), "--json"]
     versions = []
     for extra in ([], ["--version", "1"]):
@@ -121,6 +128,23 @@ def test_the_command_scores_the_promoted_version_or_the_one_named(build_home, tm
     assert versions == ["2.0", "1.0"]
     assert main([*words, "--version", "7"]) == 4
     assert "7.0 is not published" in capsys.readouterr().err
+
+
+def test_a_version_is_not_scored_on_what_it_has_learned_or_on_another_dataset(build_home, tmp_path, capsys):
+    tiny = build_home()
+    write_events(tmp_path / "other", tiny, tiny.events(60))
+    words = ["evaluate", "--home", str(tiny.home.path), "--data"]
+    assert main([*words, str(tmp_path / "other")]) == 3
+    assert "is not the dataset that version 1.0 was trained on" in capsys.readouterr().err
+    state = read_version(tiny.registry, VersionRef(1))
+    draft = tiny.registry.draft_version()
+    write_version(draft, state, tiny.registry.open_version(1).table("history"))
+    draft.publish(offset=40, metrics={ROOT: 1}, parent=VersionRef(1))
+    write_events(tmp_path / "data", tiny, past_and(tiny, 60))
+    assert main([*words, str(tmp_path / "data"), "--version", "2"]) == 3
+    assert "has learned 40 live events" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "data"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == "1.0"
 
 
 def test_without_a_version_or_a_dataset_the_command_says_what_makes_one(tmp_path, build_home, capsys):

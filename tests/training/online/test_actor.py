@@ -53,7 +53,7 @@ def seed(log: EventLog, tiny) -> None:
 
 
 def test_killed_again_and_again_while_events_come_it_learns_each_once(build_home, start_trainer):
-    folding = ("online.compact_every=15", "online.keep_versions=100")
+    folding = ("online.compact_every=15", "online.keep_versions=100", "online.keep_chains=100")
     tiny = build_home("online.publish_interval_ms=1", "online.step_events=3", "online.max_events=3", *folding)
     rng = random.Random(0)
     with EventLog(tiny.home.log) as log:

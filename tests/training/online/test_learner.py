@@ -13,7 +13,6 @@ from cluster.errors import ConfigError, RegistryError
 from cluster.events import Event
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
-from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.models.served import ServedModel
 from training.models.version import read_version, write_delta
 from training.online.learner import OnlineConfig, OnlineLearner
@@ -31,8 +30,7 @@ class Loop:
         self.learner = self.open_learner()
 
     def open_learner(self) -> OnlineLearner:
-        encoder = TextEncoder(self.tiny.recipe.section(EncoderConfig), self.tiny.home.cache)
-        return OnlineLearner(self.registry, self.log, encoder, torch.device("cpu"))
+        return OnlineLearner(self.registry, self.log, self.tiny.recipe, self.tiny.home.cache, torch.device("cpu"))
 
     def learn(self, events, learner: OnlineLearner | None = None) -> None:
         """Log the events and learn everything there is, without publishing."""
@@ -212,6 +210,26 @@ def test_a_rollback_while_no_trainer_ran_is_found_by_the_next_one(open_loop):
     assert (successor.ref, successor.applied_seq, successor.events_total) == (VersionRef(2), 48, 48)
 
 
+def test_a_rollback_over_a_fold_while_no_trainer_ran_relearns_nothing_either(open_loop):
+    loop = open_loop("online.compact_every=2", "online.keep_chains=1")
+    loop.follow(loop.tiny.live_events(16 * 6))
+    assert loop.registry.deltas(1) == []  # the chain that was rolled back is not there to be read
+    loop.registry.promote(VersionRef(1), "worse since long")
+    successor = loop.open_learner()
+    assert successor.applied_seq == successor.events_total == successor.set_aside_total == 96
+    assert_serves_the_same(loop.registry, VersionRef(1), successor.ref)
+
+
+def test_a_choice_made_while_a_version_is_being_folded_stands(open_loop):
+    loop = open_loop()
+    loop.follow(loop.tiny.live_events(48))
+    loop.registry.promote(VersionRef(1, 1), "chosen meanwhile")
+    loop.learner._publish_version({})  # it had looked at the pointer just before
+    assert loop.registry.current() == VersionRef(1, 1)
+    assert loop.learner.publish() is None
+    assert_serves_the_same(loop.registry, VersionRef(1, 1), loop.registry.current())
+
+
 def test_a_delta_whose_publisher_died_before_it_moved_the_pointer_counts(open_loop):
     loop = open_loop()
     loop.follow(loop.tiny.live_events(16))
@@ -241,7 +259,7 @@ def test_a_rollback_over_a_fold_goes_back_to_the_old_version_and_relearns_nothin
 
 
 def test_old_folded_versions_are_dropped_and_the_trained_one_stays(open_loop):
-    loop = open_loop("online.compact_every=1", "online.keep_versions=2")
+    loop = open_loop("online.compact_every=1", "online.keep_versions=2", "online.keep_chains=1")
     loop.follow(loop.tiny.live_events(16 * 5))
     assert [m.ref.version for m in loop.registry.versions()] == [1, 4, 5, 6]
     assert loop.registry.deltas(1) == []
@@ -343,14 +361,14 @@ def test_new_items_and_users_are_in_the_delta_and_served_after_it(open_loop):
     loop.log.append(
         [
             Event(user_id="stranger", item_id="put", kind="click", ts_us=1),
-            Event(user_id="stranger", item_id="never described", kind="click", ts_us=2),
+            Event(user_id="stranger", item_id="in no catalogue", kind="click", ts_us=2),
             Event(user_id="u0", item_id="put", kind="like", ts_us=3),
         ]
     )
     loop.follow()
     after = served.with_delta(loop.registry.open_delta(1, 1))
     assert after.knows("put")
-    assert after.knows("never described")
+    assert not after.knows("in no catalogue")
     assert after.text_of("put") == "a sea captain hunts a white whale"
     assert after.user_row["stranger"] == loop.tiny.USERS
     history = loop.log.user_state("stranger", 10).history

@@ -99,6 +99,7 @@ def test_deltas_over_the_version_give_the_learned_state_bit_for_bit(build_home):
     tiny = build_home()
     live = take_up(tiny)
     for step in range(3):
+        live.describe(f"new item {step}", "just in", np.ones(tiny.TEXT_DIM, np.float32))
         live.count(f"new item {step}", f"new user {step}")
         live.count("i4", "u1")
         learn(live, history(step, "i1", f"new item {step}", "i4"), history(PAD, "i9", "i2"))
@@ -144,10 +145,10 @@ def test_an_interaction_counts_once_for_its_item(build_home):
     before = live.tensors()[0][COUNT_ROWS]
     live.count("i4", "u0")
     live.count("i4", "nobody yet")
-    live.count("new", "u0")
+    live.count("in no catalogue", "u0")
     after = live.tensors()[0][COUNT_ROWS]
     assert (after[: tiny.ITEMS] - before).tolist() == [2 if row == 4 else 0 for row in range(tiny.ITEMS)]
-    assert after[tiny.ITEMS :].tolist() == [1]
+    assert len(after) == tiny.ITEMS
 
 
 def test_a_described_item_has_its_text_in_the_delta_whether_known_or_new(build_home):
