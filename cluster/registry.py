@@ -266,6 +266,10 @@ class VersionReader:
         """Return the table of `name`.parquet."""
         return pq.read_table(pa.BufferReader(self._checked(f"{name}.parquet")))
 
+    def count_rows(self, name: str) -> int:
+        """Return how many rows `name`.parquet has, without reading them."""
+        return pq.read_metadata(pa.BufferReader(self._checked(f"{name}.parquet"))).num_rows
+
     def text(self, file_name: str) -> str:
         """Return the text of a file by its full name."""
         return self._checked(file_name).decode()

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from cluster.catalogue import Item, parse_item
 from cluster.log import EventLog
+from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from serving import recommender, schemas
 from serving.catalogue import Encode
@@ -26,6 +27,7 @@ from serving.config import ServeConfig
 from serving.experiments import ARMS
 from serving.feedback import Receipt, parse_all, take_feedback
 from serving.metrics import Metrics, RequestTimer
+from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import ProblemError, add_problem_handlers, problem_response
 from serving.refresh import Refresher
 
@@ -128,7 +130,7 @@ class Gateway:
         return _json({"item_id": item_id, "version": model.name, "items": neighbours})
 
     async def list_versions(self) -> Response:
-        """Say what answers each arm, what is promoted, and how fresh the weights are. Of the replica that answers."""
+        """Say what answers each arm, what is promoted and what it knew beforehand, and how fresh the weights are."""
         return _json(await self._in_pool(self._describe_versions))
 
     async def check_health(self) -> Response:
@@ -153,12 +155,15 @@ class Gateway:
 
     def _describe_versions(self) -> Json:
         residents = self._refresher.residents
+        trained = trained_version(self._registry, VersionRef.parse(residents.live.name))
         return {
             "current": str(self._registry.current()),
             "served": residents.live.name,
             "learned_seq": residents.live.learned_seq,
             "head_seq": self._log.head_seq(),
             "items": residents.live.item_count,
+            "training_events": count_training_events(self._registry, trained),
+            "knows_later_events": self._log.count_seeded(LATER_SEED) > 0,
             "arms": {name: residents.model_of(ARMS[name]).name for name in self._config.arms},
             "previous": residents.previous.name if residents.previous else None,
             "problems": dict(self._refresher.problems),

@@ -4,6 +4,8 @@ In:  the registry, the log, perhaps the dataset.  Out: the log's imported past; 
 Knows nothing of HTTP or of weights.
 """
 
+import functools
+
 import pyarrow as pa
 
 from cluster.dataset import Dataset
@@ -16,12 +18,18 @@ from training.models.version import ROOT
 
 HISTORY_TABLE = "history"
 TRAINING_SEED = "training-history"
-DATASET_SEED = "dataset-after-training"
+LATER_SEED = "dataset-after-training"
 
 
 def trained_version(registry: Registry, ref: VersionRef) -> int:
     """Return the version that batch training made and `ref` grew from, by deltas, folding and rollbacks."""
     return int(registry.manifest(VersionRef(ref.version)).metrics.get(ROOT, ref.version))
+
+
+@functools.lru_cache(maxsize=8)
+def count_training_events(registry: Registry, version: int) -> int:
+    """Return how many events a version was trained on; remembered, since a version never changes."""
+    return registry.open_version(version).count_rows(HISTORY_TABLE)
 
 
 def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None) -> None:
@@ -36,7 +44,7 @@ def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None)
     with EventLog(home.log) as log:
         log.seed_history(TRAINING_SEED, history)
         if later is not None:
-            log.seed_history(DATASET_SEED, later)
+            log.seed_history(LATER_SEED, later)
 
 
 def _events_after(history: pa.Table, dataset: Dataset) -> pa.Table:

@@ -75,6 +75,7 @@ def test_what_is_published_is_read_back_equal(registry):
     assert ref == registry.current() == VersionRef(1, 0)
     assert torch.equal(reader.tensors("tables")["rows"], torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
     assert reader.table("items")["item_id"].to_pylist() == ["m1", "m2"]
+    assert reader.count_rows("items") == 2
     assert reader.text("recipe.toml") == "seed = 1\n"
     assert reader.manifest.metrics == {"ndcg_at_10": 0.125}
     assert reader.manifest.offset == 7

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -68,13 +69,21 @@ def tiny_recipe() -> Recipe:
 
 
 class TinyVersions:
-    """A registry of random weights for items i0, i1, … and users u0, u1, …, who have liked i0 and i1
-    unless said."""
+    """A registry of random weights for items i0, i1, … and users u0, u1, …, who have liked i0 and i1."""
 
     def __init__(self, home: Home) -> None:
         self.registry = Registry(home.registry)
 
-    def publish_version(self, *, seed: int = 0, likes: int = 2, **metrics: object) -> VersionRef:
+    @staticmethod
+    def likes(items: int) -> pa.Table:
+        """Return how every user liked the first items, one after the other."""
+        return events_table(
+            Event(event_id=f"u{user} i{item}", user_id=f"u{user}", item_id=f"i{item}", kind="like", ts_us=item)
+            for item in range(items)
+            for user in range(USERS)
+        )
+
+    def publish_version(self, *, seed: int = 0, history: pa.Table | None = None, **metrics: object) -> VersionRef:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         recipe = tiny_recipe()
@@ -95,13 +104,8 @@ class TinyVersions:
             dense=TwoStage(recipe.section(ModelConfig), dim, TEXT_DIM).state_dict(),
             optimizer={},
         )
-        history = [
-            Event(user_id=f"u{user}", item_id=f"i{item}", kind="like", ts_us=item)
-            for user in range(USERS)
-            for item in range(likes)
-        ]
         draft = self.registry.draft_version()
-        write_version(draft, state, events_table(history))
+        write_version(draft, state, self.likes(2) if history is None else history)
         return draft.publish(offset=0, metrics=metrics)
 
     def publish_delta(

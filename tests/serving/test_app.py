@@ -131,6 +131,11 @@ def test_a_learned_event_counts_towards_freshness(served):
     assert 0 < versions["weights_freshness_ms"]["p50"] < 10_000
 
 
+def test_a_server_says_what_it_knew_before_the_first_event(served):
+    versions = served.request("GET", "/v1/versions").body
+    assert (versions["training_events"], versions["knows_later_events"]) == (8, False)
+
+
 def test_a_new_item_is_recommendable_and_has_neighbours_at_once(served):
     items = [
         {"item_id": "new/ä 1", "text": "a sea captain hunts a white whale", "categories": ["adventure"]},

@@ -1,13 +1,15 @@
 """What users did before the log's first event, and the version that was trained on it."""
 
+import pyarrow as pa
 import pytest
 
-from cluster.events import Event
+from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, write_dataset
+from cluster.events import Event, events_table
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from serving.app import _resolve
 from serving.config import ServeConfig
-from serving.past import seed_history, trained_version
+from serving.past import LATER_SEED, count_training_events, seed_history, trained_version
 
 
 def test_a_version_trained_on_something_else_brings_its_own_past(versions, home):
@@ -15,9 +17,28 @@ def test_a_version_trained_on_something_else_brings_its_own_past(versions, home)
     with EventLog(home.log) as log:
         log.append([Event(user_id="u0", item_id="i9", kind="like", ts_us=1)])
         assert log.seen_items("u0") == {"i0", "i1", "i9"}
-        versions.publish_version(likes=4)
+        versions.publish_version(history=versions.likes(4))
         seed_history(versions.registry, home)
         assert log.seen_items("u0") == {"i0", "i1", "i2", "i3", "i9"}
+
+
+def test_a_dataset_s_later_events_follow_those_that_were_trained_on(versions, home, tmp_path):
+    later = [Event(event_id=f"later{n}", user_id="u0", item_id=f"i{n}", kind="like", ts_us=10 + n) for n in (7, 8)]
+    dataset = write_dataset(
+        tmp_path / "data",
+        name="likes",
+        events=pa.concat_tables([versions.likes(2), events_table(later)]),
+        items=pa.Table.from_pylist([], schema=ITEM_SCHEMA),
+        users=pa.Table.from_pylist([], schema=USER_SCHEMA),
+        label="likes",
+        sources=[],
+        rejected={},
+    )
+    seed_history(versions.registry, home, dataset)
+    with EventLog(home.log) as log:
+        assert [entry.item_id for entry in log.user_state("u0", 10).history] == ["i0", "i1", "i7", "i8"]
+        assert log.count_seeded(LATER_SEED) == 2
+    assert count_training_events(versions.registry, 1) == 8
 
 
 def test_a_folded_version_grew_from_the_trained_one(versions):

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.dataset import Dataset
-from cluster.errors import EngineError
+from cluster.errors import DataError, EngineError
 from cluster.events import INTERACTION_KINDS
 from cluster.progress import progress
 from training.inputs import training_events
@@ -131,10 +131,21 @@ def split_for_replay(dataset: Dataset, data: DataConfig, limit: int | None = Non
     return known, live.slice(0, limit) if limit is not None else live
 
 
-def list_arms(url: str) -> list[str]:
-    """Return the arms that a server answers."""
+def arms_for_replay(url: str, known_events: int) -> list[str]:
+    """Return the arms that a server answers.
+
+    Raises `DataError` where the server knew other events beforehand than those before the replay.
+    """
     with Client(url) as client:
-        return list(client.request("GET", "/v1/versions")["arms"])
+        server = client.request("GET", "/v1/versions")
+    if server["knows_later_events"]:
+        raise DataError(f"{url}: the server already knows the events to replay; start it without --data, from a home never served with it")
+    if (trained := server["training_events"]) != known_events:
+        raise DataError(
+            f"{url}: the server's version was trained on {trained:,} events, the replay begins after {known_events:,}; "
+            "give the dataset and the data.train_fraction it was trained with"
+        )
+    return list(server["arms"])
 
 
 def known_users(events: pa.Table) -> frozenset[str]:

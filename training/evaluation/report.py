@@ -19,7 +19,7 @@ from cluster.events import INTERACTION_KINDS
 from cluster.output import render_result
 from training.baselines.ease import Replay, replay_ease
 from training.evaluation.metrics import difference_interval, hit_at_k, mean_interval, ndcg_at_k, running_mean
-from training.evaluation.replay import SLATE, ReplayRecord, known_users, list_arms, replay, split_for_replay
+from training.evaluation.replay import SLATE, ReplayRecord, arms_for_replay, known_users, replay, split_for_replay
 from training.stream import DataConfig
 
 if TYPE_CHECKING:
@@ -45,11 +45,14 @@ def run(args: argparse.Namespace) -> Json:
 
 
 def replay_and_report(url: str, recipe: Recipe, dataset: Dataset, folder: Path, limit: int | None = None) -> Json:
-    """Replay the dataset's last events on every arm of a server; print the table, draw the picture, return figures."""
+    """Replay the dataset's last events on every arm of a server; print the table, draw the picture, return figures.
+
+    Raises `DataError` when there is nothing to replay, or the server knows of it or was trained on something else.
+    """
     known, live = split_for_replay(dataset, recipe.section(DataConfig), limit)
     if not set(live["kind"].unique().to_pylist()) & INTERACTION_KINDS:
         raise DataError(f"{dataset.path}: no interactions are left to replay after the first {len(known):,}")
-    record = replay(url, live, list_arms(url), known_users(known))
+    record = replay(url, live, arms_for_replay(url, len(known)), known_users(known))
     ease = None
     if dataset.info.items <= EASE_ITEM_LIMIT and set(dataset.info.kinds) <= INTERACTION_KINDS:
         events = dataset.events(["user_id", "item_id", "kind"]).slice(0, len(known) + len(live))

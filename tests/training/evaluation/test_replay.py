@@ -6,15 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, write_dataset
-from cluster.errors import EngineError
+from cluster.config import load_recipe
+from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, write_dataset
+from cluster.errors import DataError, EngineError
 from cluster.events import Event, events_table
-from training.evaluation.replay import STATE_PROBE_EVERY, WeightsClock, known_users, list_arms, replay, split_for_replay
+from training.evaluation.replay import (
+    STATE_PROBE_EVERY,
+    WeightsClock,
+    arms_for_replay,
+    known_users,
+    replay,
+    split_for_replay,
+)
+from training.evaluation.report import replay_and_report
 from training.stream import DataConfig
 
 ARMS = ("frozen", "state", "live")
@@ -38,6 +48,8 @@ class Recorder:
     """Arm and number of events posted so far to item ids."""
     lag: int = 0
     """Events by which the weights are behind."""
+    past: dict = field(default_factory=dict)
+    """What the server says that it knew beforehand."""
     requests: list[Request] = field(default_factory=list)
     posted: dict[str, int] = field(default_factory=dict)
     """Event id to sequence number."""
@@ -63,7 +75,8 @@ class Recorder:
         if path == "/v1/versions":
             self.polls += 1
             self.lag = max(0, self.lag - 1)  # the trainer catches up while it is asked
-            return {"arms": list(ARMS), "learned_seq": max(0, seq - self.lag), "served": "1.7"}
+            learned_seq = max(0, seq - self.lag)
+            return {"arms": list(ARMS), "learned_seq": learned_seq, "served": "1.7"} | self.past
         if path == "/v1/feedback":
             return {"last_seq": self.posted.setdefault(body["event_id"], seq + 1)}
         items = [{"item_id": item_id} for item_id in self.slate(body["arm"], seq)[: body["k"]]]
@@ -117,6 +130,22 @@ def stream(count: int, **given) -> pa.Table:
     return events_table(
         Event(event_id=f"e{n}", user_id=f"u{n % 3}", item_id=f"i{n}", kind="click", ts_us=n, **given)
         for n in range(count)
+    )
+
+
+def ten_events(path: Path) -> Dataset:
+    return write_dataset(
+        path,
+        name="ten",
+        events=stream(10).take(np.arange(10)[::-1]),
+        items=pa.Table.from_pylist(
+            [{"item_id": f"i{n}", "domain": "default", "text": "", "categories": []} for n in range(10)],
+            schema=ITEM_SCHEMA,
+        ),
+        users=pa.Table.from_pylist([{"user_id": f"u{n}", "attributes": []} for n in range(3)], schema=USER_SCHEMA),
+        label="clicks",
+        sources=[],
+        rejected={},
     )
 
 
@@ -242,9 +271,24 @@ def test_a_refusal_ends_the_replay_with_its_reason():
         replay(url, stream(3), ["frozen"], frozenset())
 
 
-def test_a_server_names_its_arms():
-    with listening(Recorder(always())) as url:
-        assert list_arms(url) == list(ARMS)
+def test_a_server_that_knows_what_came_before_the_replay_names_its_arms():
+    recorder = Recorder(always(), past={"training_events": 8, "knows_later_events": False})
+    with listening(recorder) as url:
+        assert arms_for_replay(url, known_events=8) == list(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("trained", "knows_later", "message"),
+    [(8, True, "already knows the events to replay; start it without --data"), (9, False, "trained on 9 events")],
+)
+def test_a_server_that_knows_more_or_less_than_what_came_before_is_not_replayed_on(
+    tmp_path, trained, knows_later, message
+):
+    recorder = Recorder(always(), past={"training_events": trained, "knows_later_events": knows_later})
+    recipe = load_recipe("movielens", ["data.train_fraction=0.8"])
+    with listening(recorder) as url, pytest.raises(DataError, match=message):
+        replay_and_report(url, recipe, ten_events(tmp_path / "data"), tmp_path)
+    assert recorder.posted == {}
 
 
 def test_a_weight_is_fresh_once_an_answer_has_learned_its_event():
@@ -261,21 +305,7 @@ def test_a_weight_is_fresh_once_an_answer_has_learned_its_event():
 
 @pytest.mark.parametrize(("limit", "replayed"), [(None, ["e8", "e9"]), (1, ["e8"]), (100, ["e8", "e9"])])
 def test_what_training_may_not_see_is_replayed_in_order(tmp_path, limit, replayed):
-    events = stream(10)
-    dataset = write_dataset(
-        tmp_path / "data",
-        name="ten",
-        events=events.take(np.arange(10)[::-1]),
-        items=pa.Table.from_pylist(
-            [{"item_id": f"i{n}", "domain": "default", "text": "", "categories": []} for n in range(10)],
-            schema=ITEM_SCHEMA,
-        ),
-        users=pa.Table.from_pylist([{"user_id": f"u{n}", "attributes": []} for n in range(3)], schema=USER_SCHEMA),
-        label="clicks",
-        sources=[],
-        rejected={},
-    )
-    known, live = split_for_replay(dataset, DataConfig(train_fraction=0.8), limit)
+    known, live = split_for_replay(ten_events(tmp_path / "data"), DataConfig(train_fraction=0.8), limit)
     assert known["event_id"].to_pylist() == [f"e{n}" for n in range(8)]
     assert live["event_id"].to_pylist() == replayed
     assert known_users(known) == {"u0", "u1", "u2"}
