@@ -139,7 +139,10 @@ def arms_for_replay(url: str, known_events: int) -> list[str]:
     with Client(url) as client:
         server = client.request("GET", "/v1/versions")
     if server["knows_later_events"]:
-        raise DataError(f"{url}: the server already knows the events to replay; start it without --data, from a home never served with it")
+        raise DataError(
+            f"{url}: the server already knows the events to replay; start it without --data, "
+            "from a home that was never served with it"
+        )
     if (trained := server["training_events"]) != known_events:
         raise DataError(
             f"{url}: the server's version was trained on {trained:,} events, the replay begins after {known_events:,}; "
