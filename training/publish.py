@@ -73,6 +73,7 @@ def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:
             for name, tensor in optimizer.items()
         },
     )
+    registry.prune()
     draft = registry.draft_version()
     write_version(draft, state, events)
     return draft.publish(offset=0, metrics=trained.metrics)

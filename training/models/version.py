@@ -204,10 +204,9 @@ def _apply_pairs(before: Mapping[str, torch.Tensor], changed: Mapping[str, torch
             if not name.endswith(".value"):
                 after[name] = index
             continue
-        row_tensor = name.removesuffix(".index")
-        value = changed[f"{row_tensor}.value"]
-        old = before[row_tensor]
-        grown = grow_rows(old, max(old.shape[0], int(index.max()) + 1 if len(index) else 0))
-        grown[index] = value
-        after[row_tensor] = grown
+        if len(index):
+            row_tensor = name.removesuffix(".index")
+            old = before[row_tensor]
+            after[row_tensor] = grow_rows(old, max(old.shape[0], int(index.max()) + 1))
+            after[row_tensor][index] = changed[f"{row_tensor}.value"]
     return after
