@@ -151,8 +151,11 @@ def write_dataset(
         facts=dict(facts or {}),
     )
     _refuse_foreign_folder(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); name another folder") from error
     try:
         info = replace(info, events_sha256=_write_events(events, draft / "events"))
         pq.write_table(items, draft / "items.parquet", compression="zstd")

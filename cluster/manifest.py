@@ -107,7 +107,7 @@ class Manifest:
                 metrics=body["metrics"],
                 files={n: FileEntry(size_bytes=f["bytes"], sha256=f["sha256"]) for n, f in body["files"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptVersionError(f"{path}: not a manifest ({error!r:.200})") from error
 
     def _body(self) -> dict[str, Any]:

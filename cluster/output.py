@@ -46,7 +46,7 @@ def _render_value(value: object) -> str:
         return ", ".join(f"{key} {_render_value(entry)}" for key, entry in value.items()) or "-"
     if _is_list(value):
         return ", ".join(_render_value(entry) for entry in value) or "-"
-    return str(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:

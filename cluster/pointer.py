@@ -40,12 +40,12 @@ class Pointer:
         path = f"{self._storage.uri}/{POINTER_FILE}"
         try:
             raw = self._storage.read(POINTER_FILE)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NoVersionError(f"{path}: no version is published yet; train one and publish it") from error
         try:
             pointer = json.loads(raw)
             return VersionRef(int(pointer["version"]), int(pointer["delta"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CorruptVersionError(f"{path}: not a pointer ({error!r:.200}); promote a version again") from error
 
     def is_at(self, ref: VersionRef) -> bool:

@@ -105,6 +105,8 @@ def assert_port_free(host: str, port: int) -> None:
             probe.bind(address)
     except PermissionError as error:
         raise EngineError(f"{host}:{port}: not permitted; try a port from 1024") from error
+    except UnicodeError as error:
+        raise EngineError(f"{host}: is not a host name; try 127.0.0.1") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortTakenError(f"{host}:{port}: another process listens there; stop it or pass --port") from error

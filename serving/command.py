@@ -6,9 +6,11 @@ Knows nothing of how requests are answered or how the trainer learns, which it s
 
 import argparse
 import importlib
-import threading
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import load_dataset
@@ -17,6 +19,11 @@ from cluster.home import Home
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+TRAINER_WATCH_S = 10.0
+"""How often the command looks whether the online trainer still learns."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
 
 
@@ -26,20 +33,39 @@ def run(args: argparse.Namespace) -> None:
     assert_port_free(args.host, args.port)
     from serving.app import running_app  # Ray Serve and torch: a wrong flag does not wait for them
     from serving.config import ServeConfig
-    from serving.preflight import check_version
+    from serving.preflight import check_chain, check_version
 
-    version = check_version(open_registry(recipe, args.home), recipe.section(ServeConfig).pinned_version)
+    registry = open_registry(recipe, args.home)
+    version = check_version(registry, recipe.section(ServeConfig).pinned_version)
+    check_chain(registry, version)
     dataset = load_dataset(args.data) if args.data else None
     engine = recipe.section(EngineConfig)
     with (
         ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose),
         running_app(recipe, args.home, args.host, args.port, dataset) as url,
-        _online_trainer()(recipe, args.home),
+        _online_trainer()(recipe, args.home) as trainer,
     ):
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
-        threading.Event().wait()
+        _watch(trainer)
 
 
-def _online_trainer() -> Callable[[Recipe, Home], AbstractContextManager[object]]:
+def _watch(trainer: "ActorHandle[Any] | None") -> None:  # Any: an actor of a layer that serving may not name
+    """Wait for Ctrl-C; say so when learning stops, which no request would show."""
+    import ray
+    from ray.exceptions import RayError
+
+    while True:
+        time.sleep(TRAINER_WATCH_S)
+        if trainer is None:
+            continue
+        try:
+            status: Any = ray.get(trainer.status.remote(), timeout=TRAINER_WATCH_S)  # Any: JSON
+        except RayError as error:
+            status = {"ready": False, "error": type(error).__name__}
+        if not status["ready"]:
+            print(f"recloop: online training does not answer, the weights stand still: {status}", file=sys.stderr)
+
+
+def _online_trainer() -> "Callable[[Recipe, Home], AbstractContextManager[ActorHandle[Any] | None]]":
     module, function = ONLINE_TRAINER
     return getattr(importlib.import_module(module), function)

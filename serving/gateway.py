@@ -122,11 +122,14 @@ class Gateway:
 
     async def list_similar(self, item_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 10) -> Response:
         """List the items nearest to an item; its id may hold slashes."""
-        model = self._refresher.residents.live
+        residents = self._refresher.residents
+        model = residents.live
         if not model.knows(item_id):
             return problem_response(HTTPStatus.NOT_FOUND, f"item {item_id!r:.200} is unknown to version {model.name}")
-        found = await self._in_pool(model.similar, item_id, k)
-        neighbours = [{"item_id": near_id, "score": float(score)} for near_id, score in found]
+        unavailable = residents.unavailable
+        found = await self._in_pool(model.similar, item_id, k + len(unavailable))
+        shown = [(near_id, score) for near_id, score in found if near_id not in unavailable][:k]
+        neighbours = [{"item_id": near_id, "score": float(score)} for near_id, score in shown]
         return _json({"item_id": item_id, "version": model.name, "items": neighbours})
 
     async def list_versions(self) -> Response:

@@ -22,6 +22,15 @@ def check_version(registry: Registry, pinned_version: int | None) -> VersionRef:
     return promoted
 
 
+def check_chain(registry: Registry, promoted: VersionRef) -> None:
+    """Check every delta up to the promoted one, all of which the online trainer builds on.
+
+    Raises `CorruptVersionError` naming the file; promoting an earlier delta leaves the damage behind.
+    """
+    for manifest in registry.deltas(promoted.version)[: promoted.delta]:
+        _check_files(Storage(registry.uri), manifest)
+
+
 def _check_files(storage: Storage, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = f"{manifest.ref.folder}/{name}"

@@ -267,6 +267,7 @@ def test_anyones_events_become_a_version_that_is_evaluated(tmp_path):
     counts = last_json(prepared.stdout)
     assert (counts["events"], counts["users"], counts["rejected"]) == (sound, 20, {"bad time": 1, "missing user": 1})
 
+    data = Path(os.path.relpath(data))  # as a person names it: workers start elsewhere
     trained = recloop("train", "--data", str(data), "--workers", "1", "--epochs", "2", *common)
     assert trained.returncode == 0, trained.stderr
     run = last_json(trained.stdout)
@@ -283,6 +284,17 @@ def test_anyones_events_become_a_version_that_is_evaluated(tmp_path):
     assert 0 < figures["scores"][0]["hit_at_10"] <= 1
     assert 0 < figures["ease_refitted"]["hit_at_10"] <= 1
     assert last_json(recloop("versions", *common).stdout)["current"] == "1.0"
+
+
+@pytest.mark.parametrize("rows", ["u1,i1,1700000000,click", "u1,i1,1700000000,impression\nu2,i1,1700000001,impression"])
+def test_events_that_nothing_can_be_learned_from_are_an_error_in_one_line(tmp_path, rows):
+    (tmp_path / "few.csv").write_text(f"user,item,time,kind\n{rows}\n")
+    home = ("--home", str(tmp_path / "home"))
+    columns = ("--columns", "user=user,item=item,time=time,kind=kind", "--out", str(tmp_path / "few"))
+    assert recloop("prepare", "--events", str(tmp_path / "few.csv"), *columns, *home).returncode == 0
+    trained = recloop("train", "--data", str(tmp_path / "few"), *home)
+    assert trained.returncode == 3
+    assert "no user has two interactions" in trained.stderr.splitlines()[-1]
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------

@@ -27,9 +27,11 @@ from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.progress import progress
 from cluster.ray_session import ray_session
-from embeddings.tables import device_type
+from embeddings.tables import TablesConfig, device_type
 from embeddings.text_encoder import EncoderConfig, TextEncoder
+from training.inputs import load_inputs
 from training.run import METRICS_FILE, RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainConfig, TrainedRun
+from training.stream import DataConfig
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -52,6 +54,7 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     (folder / RECIPE_FILE).write_text(recipe.to_toml())
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
     np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)  # or it says why
     result = _fit(recipe, dataset, folder)
     checkpoint, metrics = result.checkpoint, result.metrics
     assert checkpoint is not None  # workers report one after each epoch
@@ -86,7 +89,11 @@ def _fit(recipe: Recipe, dataset: Dataset, folder: Path) -> "Result":
     cuda = device_type() == "cuda"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"recipe": recipe.to_toml(), "dataset": str(dataset.path), "folder": str(folder)},
+        train_loop_config={
+            "recipe": recipe.to_toml(),
+            "dataset": str(Path(dataset.path).resolve()),
+            "folder": str(folder),
+        },
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=cuda, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(

@@ -5,6 +5,7 @@ Knows nothing of models.
 """
 
 import argparse
+import http.client
 import urllib.error
 import urllib.request
 
@@ -56,7 +57,7 @@ def _probe(url: str) -> str:
             return "ready" if response.status == 200 else f"HTTP {response.status}"
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
-    except ValueError as error:
+    except (ValueError, http.client.InvalidURL) as error:
         raise ConfigError(f"--url {url}: {error}; try http://127.0.0.1:8000") from error
     except OSError:
         return "no"

@@ -53,6 +53,20 @@ def test_a_corrupt_file_of_the_version_is_named(versions, home, capsys, file_nam
     assert f"{VersionRef(1).folder}/{file_name}" in message
 
 
+def test_a_corrupt_file_of_a_promoted_delta_is_named(versions, home, capsys):
+    ref = versions.publish_delta()
+    versions.flip_bit(ref, "rows.safetensors")
+    code, message = serve(home, capsys)
+    assert code == 4
+    assert f"{ref.folder}/rows.safetensors" in message
+
+
+def test_a_host_that_is_no_name_is_said(versions, home, capsys):
+    code, message = serve(home, capsys, "--host", "a..b")
+    assert code == 5
+    assert "a..b: is not a host name" in message
+
+
 def test_a_pinned_version_that_is_not_published_is_said(versions, home, capsys):
     code, message = serve(home, capsys, "--set", "serve.pinned_version=7")
     assert code == 4

@@ -17,7 +17,7 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from cluster.config import Recipe
 from cluster.engine import open_registry
@@ -119,7 +119,7 @@ def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle[OnlineTr
 def _wait_until_ready(trainer: ActorHandle[OnlineTrainer]) -> None:
     try:
         ready = ray.get(trainer.wait_ready.remote(START_PATIENCE_S))
-    except RayActorError as error:
+    except RayError as error:
         raise EngineError("online training cannot take up the promoted version; --verbose says why") from error
     if not ready:
         raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")

@@ -74,7 +74,7 @@ class OnlineConfig:
     keep_chains: int = 2
     """Versions before the present one whose deltas stay, for rollback to each of them."""
     keep_versions: int = 48
-    """Folded versions that stay; trained versions always do."""
+    """Versions of the online trainer's own that stay; trained ones always do."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -229,7 +229,7 @@ class OnlineLearner:
         for manifest in earlier[: -self.config.keep_chains]:
             self.registry.drop_deltas(manifest.ref.version)
         for manifest in earlier[: -self.config.keep_versions]:
-            if FOLDED in manifest.metrics:
+            if ROOT in manifest.metrics:
                 self.registry.drop_version(manifest.ref.version)
         chains = {manifest.ref.version for manifest in earlier[-self.config.keep_chains :]} | {self.ref.version}
         self._good = deque(entry for entry in self._good if entry[0].version in chains) or deque([(self.ref, 0)])
