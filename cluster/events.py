@@ -20,6 +20,9 @@ from cluster.errors import InvalidEventError
 KINDS = ("impression", "click", "like", "cart", "purchase", "rating", "dwell", "share", "skip", "dislike")
 """Every kind of feedback."""
 
+KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
+"""A kind's place in `KINDS`: the number that models know it by."""
+
 INTERACTION_KINDS = frozenset({"click", "like", "cart", "purchase", "rating", "dwell", "share"})
 """Kinds that say the user chose the item: they enter the history and are what retrieval learns to predict."""
 

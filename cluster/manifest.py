@@ -73,11 +73,6 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     @property
-    def offset(self) -> int:
-        """Return the event-log offset learned up to (another name of `last_seq`)."""
-        return self.last_seq
-
-    @property
     def sha256(self) -> str:
         """Return the checksum of the manifest's text, which children name as their parent's."""
         return _checksum(self._body())

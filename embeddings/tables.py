@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 import torch
@@ -111,7 +111,7 @@ def shard(module: nn.Module, config: TablesConfig, device: torch.device) -> "Dis
         compute_device=device.type,
         ddr_cap=free_bytes // workers,
     )
-    sharders: list[ModuleSharder[nn.Module]] = [EmbeddingCollectionSharder()]  # type: ignore[list-item]
+    sharders = [cast("ModuleSharder[nn.Module]", EmbeddingCollectionSharder())]  # generic over its own module type
     # Whole rows stay together, so that gathering and loading are by row.
     by_row = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value])
     constraints = {name: by_row for module in module.modules() for name in _tables_of(module)}
@@ -205,6 +205,8 @@ def _pieces(value: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     with warnings.catch_warnings():
         # torchrec 1.8 still shards with ShardedTensor, which torch 2.13 deprecates on every access.
         warnings.simplefilter("ignore", FutureWarning)
-        if hasattr(value, "local_shards"):
-            return [(s.metadata.shard_offsets[0], s.tensor) for s in value.local_shards()]  # type: ignore[attr-defined]
+        from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+        if isinstance(value, ShardedTensor):
+            return [(s.metadata.shard_offsets[0], s.tensor) for s in value.local_shards()]
     return [(0, value)]

@@ -78,7 +78,7 @@ def test_what_is_published_is_read_back_equal(registry):
     assert reader.count_rows("items") == 2
     assert reader.text("recipe.toml") == "seed = 1\n"
     assert reader.manifest.metrics == {"ndcg_at_10": 0.125}
-    assert reader.manifest.offset == 7
+    assert reader.manifest.last_seq == 7
     assert set(reader.manifest.files) == {"tables.safetensors", "items.parquet", "recipe.toml"}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.events import KINDS
+from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
@@ -33,8 +33,6 @@ from training.models.version import (
     log_popularity,
     read_version,
 )
-
-_KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +168,7 @@ class ServedModel:
         user_D = self.state.rows[USER_ROWS][row] if row is not None else torch.zeros(self.item_ID.shape[1])
         return self.dense.user_vectors(
             self.item_ID[index_1L],
-            torch.tensor([[_KIND_INDEX[entry.kind] for entry in history]]),
+            torch.tensor([[KIND_INDEX[entry.kind] for entry in history]]),
             torch.tensor([[float("nan") if entry.value is None else entry.value for entry in history]]),
             torch.tensor([[entry.ts_us // 1_000_000 for entry in history]]),
             torch.ones_like(index_1L, dtype=torch.bool),

@@ -9,12 +9,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from cluster.events import KINDS
+from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from embeddings.batch import PAD, Sequences
 from embeddings.vocabulary import Vocabulary
-
-_KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ def build_live_sequences(histories: Sequence[LiveHistory], items: Vocabulary) ->
             zip(history.interactions, history.interactions[1:], strict=False), length + 1 - len(history.interactions)
         ):
             laid_out.item_row_BL[b, before] = items.row(seen.item_id)
-            laid_out.kind_BL[b, before] = _KIND_INDEX[seen.kind]
+            laid_out.kind_BL[b, before] = KIND_INDEX[seen.kind]
             laid_out.value_BL[b, before] = _float32(seen.value)
             laid_out.ts_BL[b, before] = seen.ts_us // 1_000_000
             if target.seq >= history.first_new_seq:
