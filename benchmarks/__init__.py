@@ -1,0 +1,1 @@
+"""One question a script; see each docstring's first line."""
