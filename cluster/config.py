@@ -28,6 +28,8 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "tables": "embeddings.tables:TablesConfig",
         "model": "training.models.two_stage:ModelConfig",
         "train": "training.run:TrainConfig",
+        "stream": "training.examples.stream:StreamConfig",
+        "click": "training.models.click:ClickConfig",
         "policy": "training.policies:PolicyConfig",
         "online": "training.online.learner:OnlineConfig",
         "guard": "training.online.guard:GuardConfig",

@@ -23,7 +23,7 @@ from cluster.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
-    from torchrec.modules.embedding_modules import EmbeddingCollection
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 ITEM = "item"
@@ -77,6 +77,31 @@ def build_tables(rows: Mapping[str, int], dim: int, learning_rate: float) -> "Em
     return tables
 
 
+def build_bags(
+    rows: Mapping[str, int], features: Mapping[str, list[str]], dim: int, learning_rate: float
+) -> "EmbeddingBagCollection":
+    """Return one table a name, on the meta device, whose rows are summed for each of its features."""
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection
+    from torchrec.optim import RowWiseAdagrad
+    from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+    configs = [
+        EmbeddingBagConfig(
+            name=name,
+            num_embeddings=count,
+            embedding_dim=dim,
+            feature_names=features[name],
+            pooling=PoolingType.SUM,
+            init_fn=nn.init.zeros_,
+        )
+        for name, count in rows.items()
+    ]
+    tables = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+    apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), {"lr": learning_rate, "eps": 1e-8})
+    return tables
+
+
 def build_lookup(rows_by_table: Mapping[str, torch.Tensor]) -> "KeyedJaggedTensor":
     """Return the rows to look up, one list a table, in the form `embeddings/batch.py` draws."""
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -90,12 +115,17 @@ def build_lookup(rows_by_table: Mapping[str, torch.Tensor]) -> "KeyedJaggedTenso
     )
 
 
-def shard(module: nn.Module, config: TablesConfig, device: torch.device) -> "DistributedModelParallel":
+def shard(
+    module: nn.Module, config: TablesConfig, device: torch.device, *, batch_examples: int = 1
+) -> "DistributedModelParallel":
     """Collective. Plan and shard the module's tables over the default process group; the rest becomes DDP.
+
+    `batch_examples` is a worker's share of a batch, which the planner's estimates of time and memory start from.
 
     Raises `EngineError` naming the planner's reason when the tables do not fit.
     """
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -111,13 +141,16 @@ def shard(module: nn.Module, config: TablesConfig, device: torch.device) -> "Dis
         compute_device=device.type,
         ddr_cap=free_bytes // workers,
     )
-    sharders = [cast("ModuleSharder[nn.Module]", EmbeddingCollectionSharder())]  # generic over its own module type
+    sharders = [
+        cast("ModuleSharder[nn.Module]", sharder())  # generic over its own module type
+        for sharder in (EmbeddingCollectionSharder, EmbeddingBagCollectionSharder)
+    ]
     # Whole rows stay together, so that gathering and loading are by row.
     by_row = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value])
     constraints = {name: by_row for module in module.modules() for name in _tables_of(module)}
     planner = EmbeddingShardingPlanner(
         topology=topology,
-        batch_size=1,
+        batch_size=batch_examples,
         storage_reservation=FixedPercentageStorageReservation(percentage=1 - config.memory_fraction),
         constraints=constraints,
         debug=False,
@@ -178,6 +211,15 @@ def load_tables(sharded: "DistributedModelParallel", whole: Mapping[str, torch.T
                 part[: rows.shape[0]].copy_(rows)
 
 
+@torch.no_grad()
+def reset_rows(pieces: Mapping[str, list[tuple[int, torch.Tensor]]], table: str, rows: torch.Tensor) -> None:
+    """Make rows start fresh, with their accumulators; `pieces` are this worker's, from `local_shards`."""
+    for name in (table, f"{table}.momentum"):
+        for first, part in pieces.get(name, []):
+            local = rows[(rows >= first) & (rows < first + part.shape[0])] - first
+            part.index_fill_(0, local.to(part.device), 0.0)
+
+
 def _is_installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
@@ -192,11 +234,14 @@ def _table_names(sharded: nn.Module) -> list[str]:
 
 def _tables_of(module: nn.Module) -> list[str]:
     from torchrec.distributed.embedding import ShardedEmbeddingCollection
-    from torchrec.modules.embedding_modules import EmbeddingCollection
+    from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
     if isinstance(module, EmbeddingCollection):
         return [config.name for config in module.embedding_configs()]
-    if isinstance(module, ShardedEmbeddingCollection):
+    if isinstance(module, EmbeddingBagCollection):
+        return [config.name for config in module.embedding_bag_configs()]
+    if isinstance(module, ShardedEmbeddingCollection | ShardedEmbeddingBagCollection):
         return module._table_names
     return []
 

@@ -8,11 +8,12 @@ Names: `tables.TABLE`, `tables.TABLE.momentum`, `dense.PARAMETER`, `dense_optimi
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -29,13 +30,13 @@ ADAM_FIELDS = ("exp_avg", "exp_avg_sq", "step")
 def save_checkpoint(model: "DistributedModelParallel", optimizers: Optimizers, folder: Path) -> None:
     """Collective. Write this worker's part into `folder`, which may be another one on every worker."""
     with _quiet():
-        dcp.save(_state(model, optimizers), checkpoint_id=str(folder))
+        dcp.save(training_state(model, optimizers), checkpoint_id=str(folder))
 
 
 def load_checkpoint(model: "DistributedModelParallel", optimizers: Optimizers, folder: Path) -> None:
     """Collective. Load a checkpoint written by any number of workers, in place."""
     with _quiet():
-        dcp.load(_state(model, optimizers), checkpoint_id=str(folder))
+        dcp.load(training_state(model, optimizers), checkpoint_id=str(folder))
 
 
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +65,8 @@ def load_state(model: "DistributedModelParallel", optimizers: Optimizers, whole:
             tensor.copy_(whole[name])
 
 
-def _state(model: "DistributedModelParallel", optimizers: Optimizers) -> dict[str, torch.Tensor]:
+def training_state(model: "DistributedModelParallel", optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """Return everything that a step changes, by name: sharded tensors and dense ones that share memory."""
     tables = {f"tables.{name}": value for name, value in table_state(model).items()}
     return tables | dense_state(optimizers)
 
@@ -82,6 +84,45 @@ def dense_state(optimizers: Optimizers) -> dict[str, torch.Tensor]:
         for field in ADAM_FIELDS:
             state[f"dense_optimizer.{name}.{field}"] = moments[field]
     return state
+
+
+def write_state(state: Mapping[str, torch.Tensor], folder: Path, group: dist.ProcessGroup) -> None:
+    """Collective over `group`. Write this worker's part of a state into a folder that all workers share."""
+    writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=True, thread_count=1)
+    with _quiet():
+        dcp.save(dict(state), storage_writer=writer, process_group=group)
+
+
+class StateCopy:
+    """A copy of a state to write while training goes on; its memory is used again for the next one."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, int], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return `state` with every tensor copied to the host. The copy before is overwritten."""
+        with _quiet():
+            return {name: self._copied(name, value) for name, value in state.items()}
+
+    def _copied(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+
+        if not isinstance(value, ShardedTensor):
+            return self._copied_part(name, 0, value)
+        shards = [
+            Shard(self._copied_part(name, number, shard.tensor), shard.metadata)
+            for number, shard in enumerate(value.local_shards())
+        ]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            shards, sharded_tensor_metadata=value.metadata(), process_group=value._process_group
+        )
+
+    def _copied_part(self, name: str, number: int, part: torch.Tensor) -> torch.Tensor:
+        copy = self._parts.get((name, number))
+        if copy is None:
+            copy = self._parts[name, number] = torch.empty_like(part, device="cpu")
+        return copy.copy_(part)
 
 
 @contextlib.contextmanager

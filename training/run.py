@@ -5,6 +5,7 @@ Knows nothing of how training goes: training/trainer.py drives it, training/work
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.toml"
 TEXT_FILE = "text.npy"
 METRICS_FILE = "metrics.jsonl"
+SCORES_FILE = "scores.json"
+"""What a run over examples came to, written by its first worker."""
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,8 @@ class TrainConfig:
     """How long and how fast to train."""
 
     workers: int = 2
+    min_workers: int | None = None
+    """With it training is elastic: it goes on with as few workers, and with up to `workers` when there is room."""
     epochs: int = 20
     patience: int = 6
     """Epochs without a better validation NDCG@10 before training stops."""
@@ -39,20 +45,35 @@ class TrainConfig:
     max_failures: int = 1
     """Worker failures after which Ray Train still starts again from the latest checkpoint."""
     seed: int = 0
+    checkpoint_steps: int = 1000
+    """Steps between two checkpoints of a run over examples; a run over interactions makes one an epoch."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints of a run over examples that stay."""
+    log_steps: int = 100
+    """Steps over examples between two lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "epochs", "patience"):
+        for name in ("workers", "epochs", "patience", "checkpoint_steps", "keep_checkpoints", "log_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
         for name in ("final_epochs", "warmup_steps", "max_failures", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(f"train.min_workers={self.min_workers}: must be from 1 to train.workers={self.workers}")
         if not 0 < self.final_rate <= 1:
             raise ConfigError(f"train.final_rate={self.final_rate}: must be in (0, 1]")
 
     def step(self) -> StepConfig:
         """Return the settings of one train step."""
         return StepConfig(learning_rate=self.learning_rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the share of the learning rates at a step: linear warm-up, then a cosine down to `final_rate`."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+    return warm * (config.final_rate + (1 - config.final_rate) * cosine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """One train step, the same for batch training, online training and benchmarks.
 
-In:  a sharded recommender, a batch, the optimisers.  Out: the batch's losses; rows and dense weights are updated.
+In:  a sharded model, a batch of its kind, the optimisers.  Out: the batch's losses; rows and dense weights are updated.
 Knows nothing of epochs, events or files.
 
 Table rows are updated inside backward by TorchRec's fused row-wise Adagrad, dense weights by AdamW here.
@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from cluster.errors import ConfigError
-from embeddings.batch import Batch
-from training.models.two_stage import Losses
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -67,7 +65,7 @@ class Optimizers:
 
 
 def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the replicated parameters by their name within the two-stage model."""
+    """Return the replicated parameters by their name within the model's dense part."""
     return [
         (name.split("dense.", 1)[1], parameter)
         for name, parameter in model.named_parameters()
@@ -75,15 +73,18 @@ def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def train_step(model: nn.Module, batch: Batch, optimizers: Optimizers, loss_scale: float = 1.0) -> Losses:
-    """Collective. Learn one batch and return its losses, detached.
+def train_step(  # noqa: ANN201  (the model's own named tuple)
+    model: nn.Module, batch: object, optimizers: Optimizers, loss_scale: float = 1.0
+):
+    """Collective. Learn one batch and return what the model returned for it, detached.
 
-    The loss is a mean over the batch's targets; `loss_scale` keeps one target's weight when batches are of unlike size.
+    A model returns a named tuple of tensors of its own, whose `total` is descended: a mean over the batch's targets;
+    `loss_scale` keeps one target's weight when batches are of unlike size.
     """
     optimizers.dense.zero_grad()
-    losses: Losses = model(batch)
+    losses = model(batch)
     # Rows are updated in here; DDP averages the dense gradient over the workers (collective).
     (loss_scale * losses.total).backward()
     nn.utils.clip_grad_norm_(optimizers.dense_parameters.values(), optimizers.clip_norm)
     optimizers.dense.step()
-    return Losses(*(loss.detach() for loss in losses))
+    return type(losses)(*(loss.detach() for loss in losses))

@@ -8,7 +8,6 @@ Knows nothing of the driver. Ray has set up the process group; torchrec is impor
 """
 
 import json
-import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from training.evaluation.next_item import Catalogue, later_targets, rank_next_it
 from training.inputs import TrainingInputs, load_inputs
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig
-from training.run import METRICS_FILE, TEXT_FILE, TrainConfig
+from training.run import METRICS_FILE, TEXT_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
 from training.stream import DataConfig, count_batches, stream_batches
 
@@ -137,13 +136,6 @@ def train_epoch(
     dist.all_reduce(means)  # collective
     named = zip(Losses._fields, (means / dist.get_world_size()).tolist(), strict=True)
     return {f"loss_{name}": value for name, value in named} | {"epoch_s": time.monotonic() - started_s}
-
-
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Return the share of the learning rates at a step: linear warm-up, then a cosine down to `final_rate`."""
-    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
-    return warm * (config.final_rate + (1 - config.final_rate) * cosine)
 
 
 def validate(model: "DistributedModelParallel", inputs: TrainingInputs) -> dict[str, float]:

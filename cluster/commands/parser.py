@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = _Parser(prog="recloop", description="A recommender that learns while it serves.", epilog=EXIT_CODES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", title="commands")
-    for add in (_prepare, _train, _evaluate, _publish, _serve, _replay, _demo, _versions, _events, _status):
+    for add in (_prepare, _examples, _train, _evaluate, _publish, _serve, _replay, _demo, _versions, _events, _status):
         _add_common_flags(add(commands))
     return parser
 
@@ -86,12 +86,48 @@ def _prepare(commands: Commands) -> _Parser:
     return parser
 
 
-def _train(commands: Commands) -> _Parser:
-    summary = "train on a dataset's first part by time"
-    parser = _command(commands, "train", "training.trainer:run", summary, "", "--data data/shop --workers 4 --epochs 3")
+def _examples(commands: Commands) -> _Parser:
+    summary = "make training rows of a dataset of any size, for the streamed trainer"
+    parser = _command(
+        commands,
+        "examples",
+        "training.prepare.examples:run",
+        summary,
+        "--out data/rows",
+        "--data data/shop --out data/rows --history 50 --ids any",
+    )
     _add_data_flag(parser)
-    _add_workers_flag(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="where to, on storage that all machines share")
+    parser.add_argument(
+        "--history", metavar="N", type=_positive, default=20, help="items at most; default: %(default)s"
+    )
+    negatives = "drawn a positive where the dataset has no impressions; default: %(default)s"
+    parser.add_argument("--negatives", metavar="N", type=_natural, default=4, help=negatives)
+    ids = "rows: numbered by frequency, for tables of fixed size; any: digests, for dynamic ones; default: %(default)s"
+    parser.add_argument("--ids", choices=["rows", "any"], default="rows", help=ids)
+    parser.add_argument("--seed", metavar="N", type=_natural, default=0, help="of the negatives; default: %(default)s")
+    return parser
+
+
+def _train(commands: Commands) -> _Parser:
+    summary = "train on a dataset's first part by time, or on an examples folder of any size"
+    parser = _command(
+        commands,
+        "train",
+        "training.trainer:run",
+        summary,
+        "",
+        "--data data/shop --workers 4 --epochs 3",
+        "--recipe clicks --data s3://bucket/rows --workers 1..4",
+        "--resume recloop-home/runs/clicks-20260101-120000-000000",
+    )
+    _add_data_flag(parser)
+    workers = "how many, or from A to B as there is room; default: the recipe's train.workers"
+    parser.add_argument("--workers", metavar="N|A..B", type=_worker_range, help=workers)
     parser.add_argument("--epochs", metavar="N", type=_positive, help="default: the recipe's train.epochs")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="go on with a run over examples, at its newest whole checkpoint"
+    )
     return parser
 
 
@@ -191,6 +227,20 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _worker_range(text: str) -> tuple[int, int]:
+    fewest, dots, most = text.partition("..")
+    bounds = _positive(fewest), _positive(most if dots else fewest)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from few to many; try {most}..{fewest}")
+    return bounds
 
 
 def _mapping(text: str) -> dict[str, str]:

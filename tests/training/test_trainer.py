@@ -14,9 +14,9 @@ from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.checkpoint import read_checkpoint
 from training.models.served import ServedModel
-from training.run import METRICS_FILE, RECIPE_FILE, TEXT_FILE, TrainConfig, TrainedRun
+from training.run import METRICS_FILE, RECIPE_FILE, TEXT_FILE, TrainConfig, TrainedRun, learning_rate
 from training.trainer import encode_items
-from training.worker import Progress, learning_rate
+from training.worker import Progress
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the run, half a minute on idle cores
 

@@ -1,0 +1,303 @@
+"""An examples folder becomes batches, read and laid out on background threads with bounded memory.
+
+In:  an opened examples folder, the epoch, the step to start at, this worker's rank.  Out: `ExampleRows`, one a step.
+Knows nothing of tables, devices or how ids become rows.
+
+    decode threads    Parquet row groups ──▶ columns, every row judged       (one block ahead of every lane)
+    layout thread     a slice of each lane's permuted block ──▶ one batch    (`prefetch` batches ahead of the step)
+
+A lane holds its open block and the next one: a worker needs about lanes / workers · 2 · block bytes, however many rows
+there are. What is yielded depends on the data, seed, epoch and step only (lanes.py).
+"""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.errors import ConfigError, DataError
+from cluster.examples import COLUMNS, Examples, open_part
+from training.examples.columns import (
+    REASONS,
+    Columns,
+    Limits,
+    assert_all_accepted,
+    concatenate,
+    cut,
+    no_columns,
+    read_columns,
+)
+from training.examples.lanes import Block, EpochOrder
+from training.examples.layout import count_rows, lay_out
+
+MAX_GROUP_ROWS = 1 << 22
+"""Row groups are read whole; larger ones would break the bound on memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """How an examples folder is read."""
+
+    batch_examples: int = 32_768
+    """Examples a step, over all workers together."""
+    lanes: int = 12
+    """Independent streams that the rows are cut into; every batch takes from each, every worker reads some of them."""
+    shuffle_rows: int = 131_072
+    """Rows of a lane that are permuted together, at least; whole row groups."""
+    prefetch: int = 4
+    """Batches laid out ahead of the step."""
+    decode_threads: int = 1
+    """Threads a worker decodes Parquet on."""
+    max_history: int = 50
+    """Newest history items that an example keeps."""
+    bad_rows: str = "fail"
+    """`fail` ends the run at the first row that cannot be used; `skip` leaves such rows out, counted by reason."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_examples", "lanes", "shuffle_rows", "prefetch", "decode_threads", "max_history"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stream.{name}={getattr(self, name)}: must be at least 1")
+        if self.batch_examples % self.lanes:
+            nearest = max(1, round(self.batch_examples / self.lanes)) * self.lanes
+            raise ConfigError(
+                f"stream.batch_examples={self.batch_examples}: must be a multiple of stream.lanes={self.lanes}; "
+                f"try {nearest}"
+            )
+        if self.bad_rows not in ("fail", "skip"):
+            raise ConfigError(f'stream.bad_rows={self.bad_rows!r}: is none of "fail", "skip"')
+
+    @property
+    def rows_a_lane(self) -> int:
+        """Rows of a step that come from one lane."""
+        return self.batch_examples // self.lanes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleRows:
+    """One worker's share of one step, in host memory."""
+
+    step: int
+    """Within the epoch."""
+    ids: np.ndarray
+    """int32 or int64 [2B + N]: user ids [B], item ids [B], then the histories' item ids [N], one after the other."""
+    history_length_B: np.ndarray
+    """int32."""
+    label_B: np.ndarray
+    """float32."""
+    global_examples: int
+    """Rows of the step over all workers, skipped ones included."""
+    skipped: np.ndarray
+    """int64 [reasons]: rows of this share left out, by `REASONS`."""
+
+
+class ExampleStream:
+    """Collective in spirit: every worker iterates its own, and all yield equally many steps."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        config: StreamConfig,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int,
+        workers: int,
+        limits: Limits | None = None,
+    ) -> None:
+        """`limits` are the ids that have a table row; without them any id from 0 is one.
+
+        Raises `ConfigError` for more workers than lanes, `DataError` for a row group too large to read whole.
+        """
+        if workers > config.lanes:
+            raise ConfigError(f"stream.lanes={config.lanes}: fewer than the {workers} workers; try {workers * 4}")
+        self._examples, self._config = examples, config
+        self._lanes = range(rank, config.lanes, workers)
+        self._limits = limits or Limits(None, None)
+        highest = max((bound for bound in (self._limits.users, self._limits.items) if bound is not None), default=2**63)
+        self._id_type = np.int32 if highest <= 2**31 else np.int64
+        groups = [(part, i) for part in examples.parts for i in range(len(part.group_rows))]
+        rows = np.array([part.group_rows[i] for part, i in groups], np.int64)
+        if len(rows) and rows.max() > MAX_GROUP_ROWS:
+            part, index = groups[int(rows.argmax())]
+            raise DataError(
+                f"{part.path}: row group {index} has {rows.max():,} rows, more than {MAX_GROUP_ROWS:,}; write the file "
+                "with smaller row groups"
+            )
+        self._groups = groups
+        self._order = EpochOrder(rows, lanes=config.lanes, shuffle_rows=config.shuffle_rows, seed=seed, epoch=epoch)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the epoch, known to every worker without asking."""
+        return self._order.steps(self._config.rows_a_lane)
+
+    def batches(self, first_step: int = 0) -> "Background[ExampleRows]":
+        """Start to read ahead from a step on; leave the returned `with` block to stop."""
+        return Background(lambda: self._lay_out(first_step), depth=self._config.prefetch)
+
+    def _lay_out(self, first_step: int) -> Iterator[ExampleRows]:
+        rows_a_lane = self._config.rows_a_lane
+        with ThreadPoolExecutor(self._config.decode_threads, thread_name_prefix="decode") as pool:
+            readers = [
+                _LaneReader(self._order, lane, self._read_block, pool, first_row=first_step * rows_a_lane)
+                for lane in self._lanes
+            ]
+            try:
+                for step in range(first_step, self.steps):
+                    slices = [one for reader in readers for one in reader.take(rows_a_lane)]
+                    yield self._lay_out_step(step, slices)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _lay_out_step(self, step: int, slices: "list[_Slice]") -> ExampleRows:
+        skipped = np.zeros(len(REASONS), np.int64)
+        counts = [count_rows(one.columns.offset, one.columns.refused, one.rows, skipped) for one in slices]
+        examples, history = sum(count[0] for count in counts), sum(count[1] for count in counts)
+        ids = np.empty(2 * examples + history, self._id_type)
+        length_B, label_B = np.empty(examples, np.int32), np.empty(examples, np.float32)
+        place = np.zeros(2, np.int64)
+        for one in slices:
+            c = one.columns
+            lay_out(
+                c.user_id, c.item_id, c.history, c.offset, c.label, c.refused, one.rows, ids, length_B, label_B, place
+            )
+        return ExampleRows(
+            step=step,
+            ids=ids,
+            history_length_B=length_B,
+            label_B=label_B,
+            global_examples=self._order.step_rows(step, self._config.rows_a_lane),
+            skipped=skipped,
+        )
+
+    def _read_block(self, block: Block) -> Columns:
+        return concatenate([self._read_group(p.group, p.first, p.last) for p in block.pieces])
+
+    def _read_group(self, group: int, first: int, last: int) -> Columns:
+        part, index = self._groups[group]
+        where = f"{part.path}: row group {index}"
+        try:
+            with open_part(self._examples.filesystem, part.path) as file:
+                table = file.read_row_group(index, columns=list(COLUMNS), use_threads=False)
+            if table.num_rows != part.group_rows[index]:
+                raise DataError(f"{where}: has {table.num_rows:,} rows, had {part.group_rows[index]:,}: it has changed")
+            columns = cut(read_columns(table, self._limits, self._config.max_history), first, last)
+        except (OSError, ValueError, IndexError, pa.ArrowException, DataError) as error:
+            if self._config.bad_rows == "fail":
+                raise DataError(f"{where}: cannot be read ({error})") from error
+            columns = no_columns(last - first)
+        if self._config.bad_rows == "fail":
+            assert_all_accepted(columns, where)
+        return dataclasses.replace(
+            columns,
+            user_id=columns.user_id.astype(self._id_type, copy=False),
+            item_id=columns.item_id.astype(self._id_type, copy=False),
+            history=columns.history.astype(self._id_type, copy=False),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    columns: Columns
+    rows: np.ndarray
+    """int64: which rows of the block, in order."""
+
+
+class _LaneReader:
+    """One lane's rows in order; the next block is being decoded while the open one is used."""
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        lane: int,
+        read: Callable[[Block], Columns],
+        pool: ThreadPoolExecutor,
+        first_row: int,
+    ) -> None:
+        self._order, self._lane, self._read, self._pool = order, lane, read, pool
+        self._blocks = order.blocks(lane)
+        starts = [block.start for block in self._blocks]
+        self._number = int(np.searchsorted(starts, first_row, side="right")) - 1
+        self._place = first_row - starts[self._number] if starts else 0
+        self._ahead = self._submit(self._number)
+        self._columns: Columns | None = None
+        self._permutation = np.zeros(0, np.int64)
+
+    def take(self, rows: int) -> list[_Slice]:
+        """Return the lane's next rows; fewer at its end."""
+        slices = []
+        while rows and self._number < len(self._blocks):
+            if self._columns is None:
+                self._open()
+            assert self._columns is not None
+            count = min(rows, len(self._permutation) - self._place)
+            if count:
+                slices.append(_Slice(self._columns, self._permutation[self._place : self._place + count]))
+            self._place += count
+            rows -= count
+            if self._place == len(self._permutation):
+                self._columns, self._place, self._number = None, 0, self._number + 1
+        return slices
+
+    def _open(self) -> None:
+        assert self._ahead is not None
+        block = self._blocks[self._number]
+        self._columns = self._ahead.result()
+        self._permutation = self._order.permutation(self._lane, self._number, block.rows)
+        self._ahead = self._submit(self._number + 1)
+
+    def _submit(self, number: int) -> "Future[Columns] | None":
+        return self._pool.submit(self._read, self._blocks[number]) if number < len(self._blocks) else None
+
+
+Item = TypeVar("Item")
+_END = object()
+
+
+class Background(Generic[Item]):
+    """Runs an iterator on a thread, a bounded number of items ahead; its error is raised where the item was due."""
+
+    def __init__(self, start: Callable[[], Iterator[Item]], *, depth: int) -> None:
+        self._start = start
+        self._ready: queue.Queue[object] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+
+    def __enter__(self) -> "Background[Item]":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():  # it may be waiting to hand over an item that nobody wants any more
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Item]:
+        while (item := self._ready.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item  # pyright: ignore[reportReturnType]  # what `start` yields
+
+    def _run(self) -> None:
+        items = self._start()
+        try:
+            for item in items:
+                self._ready.put(item)
+                if self._stopped.is_set():
+                    return
+            self._ready.put(_END)
+        except BaseException as error:  # for whoever iterates
+            self._ready.put(error)
+        finally:
+            if (close := getattr(items, "close", None)) is not None:
+                close()
