@@ -15,7 +15,19 @@ from cluster.events import Event
 from cluster.log import EventLog
 from cluster.registry import Registry
 
-COMMANDS = ("prepare", "train", "evaluate", "publish", "serve", "replay", "demo", "versions", "events", "status")
+COMMANDS = (
+    "prepare",
+    "examples",
+    "train",
+    "evaluate",
+    "publish",
+    "serve",
+    "replay",
+    "demo",
+    "versions",
+    "events",
+    "status",
+)
 
 
 @pytest.fixture
