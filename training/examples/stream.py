@@ -46,7 +46,7 @@ class StreamConfig:
 
     batch_examples: int = 32_768
     """Examples a step, over all workers together."""
-    lanes: int = 12
+    lanes: int = 16
     """Independent streams that the rows are cut into; every batch takes from each, every worker reads some of them."""
     shuffle_rows: int = 131_072
     """Rows of a lane that are permuted together, at least; whole row groups."""
@@ -186,14 +186,15 @@ class ExampleStream:
             with open_part(self._examples.filesystem, part.path) as file:
                 table = file.read_row_group(index, columns=list(COLUMNS), use_threads=False)
             if table.num_rows != part.group_rows[index]:
-                raise DataError(f"{where}: has {table.num_rows:,} rows, had {part.group_rows[index]:,}: it has changed")
-            columns = cut(read_columns(table, self._limits, self._config.max_history), first, last)
+                raise DataError(f"has {table.num_rows:,} rows, had {part.group_rows[index]:,}: the file has changed")
+            columns = read_columns(table, self._limits, self._config.max_history)
         except (OSError, ValueError, IndexError, pa.ArrowException, DataError) as error:
             if self._config.bad_rows == "fail":
                 raise DataError(f"{where}: cannot be read ({error})") from error
-            columns = no_columns(last - first)
+            columns = no_columns(part.group_rows[index])
         if self._config.bad_rows == "fail":
             assert_all_accepted(columns, where)
+        columns = cut(columns, first, last)
         return dataclasses.replace(
             columns,
             user_id=columns.user_id.astype(self._id_type, copy=False),

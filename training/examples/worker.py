@@ -52,14 +52,8 @@ def train_examples_worker(job: dict[str, str]) -> None:
     """Collective. Train this worker's share of the job to its end."""
     keep_freed_memory()
     recipe, folder = Recipe.from_toml(job["recipe"]), Path(job["folder"])
-    config = recipe.section(TrainConfig)
-    trainer = ExamplesTrainer(load_examples(job["examples"]), recipe, folder)
-    position = trainer.resume()
-    while position.epoch < config.epochs:
-        trainer.train_epoch(position)
-        position.epoch, position.step = position.epoch + 1, 0
-    trainer.save(position)
-    trainer.writer.close()
+    trainer = ExamplesTrainer(load_examples(job["examples"]), recipe, folder, get_device())
+    position = trainer.train()
     scores = trainer.score_heldout()
     if dist.get_rank() == 0:
         counts = {"examples": position.examples, "steps": position.steps, "skipped": position.skipped}
@@ -69,10 +63,10 @@ def train_examples_worker(job: dict[str, str]) -> None:
 class ExamplesTrainer:
     """One worker's model, data and checkpoints."""
 
-    def __init__(self, examples: Examples, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, examples: Examples, recipe: Recipe, folder: Path, device: torch.device) -> None:
         """Collective. Build and shard the model."""
         self.config, self.stream = recipe.section(TrainConfig), recipe.section(StreamConfig)
-        self.examples, self.folder, self.device = examples, folder, get_device()
+        self.examples, self.folder, self.device = examples, folder, device
         users, items = examples.info.users, examples.info.items
         if users is None or items is None:
             raise ConfigError(f"{examples.uri}: its ids are no table rows")
@@ -88,6 +82,16 @@ class ExamplesTrainer:
         self.optimizers = Optimizers(self.model, self.config.step())
         self.writer = CheckpointWriter(folder / CHECKPOINTS_FOLDER, keep=self.config.keep_checkpoints)
         self._pieces = local_shards(self.model)
+
+    def train(self) -> Position:
+        """Collective. Train from the newest checkpoint to the end, which is saved as well; return where that is."""
+        position = self.resume()
+        while position.epoch < self.config.epochs:
+            self.train_epoch(position)
+            position.epoch, position.step = position.epoch + 1, 0
+        self.save(position)
+        self.writer.close()
+        return position
 
     def train_epoch(self, position: Position) -> None:
         """Collective. Train the rest of the epoch, saving and reporting on the way; moves `position`."""

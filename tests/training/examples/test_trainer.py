@@ -1,0 +1,146 @@
+"""Training on an examples folder, by real gloo processes: resuming, resharding, crashing, changed data."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.examples import Examples
+from cluster.ray_session import find_free_port
+from training.checkpoint import read_checkpoint
+from training.examples.checkpoints import MANIFEST, SavedCheckpoint, checkpoint_folders
+
+from .conftest import numbered_table
+
+PROGRAM = Path(__file__).with_name("trainer_program.py")
+ROWS = 150
+"""Seven steps of 24 an epoch, fourteen in all; a checkpoint after 4, 8, 12 and the last."""
+
+
+def run_workers(examples: Examples, folder: Path, workers: int, dies_after_steps: int = 0) -> str:
+    """Return what the workers wrote to stderr."""
+    folder.mkdir(exist_ok=True)
+    port = str(find_free_port())
+    started = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(rank), str(workers), port, examples.uri, str(folder), str(dies_after_steps)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    return "".join(process.communicate(timeout=100)[1] for process in started)
+
+
+def newest(folder: Path) -> Path:
+    return checkpoint_folders(folder / "checkpoints")[0]
+
+
+def position_of(folder: Path) -> tuple[int, int, int]:
+    position = SavedCheckpoint.read(newest(folder)).position
+    return position.steps, position.epoch, position.examples
+
+
+def assert_equal_states(one: Path, other: Path, *, tolerance: float) -> None:
+    first, second = read_checkpoint(newest(one)), read_checkpoint(newest(other))
+    assert first.keys() == second.keys()
+    assert {"tables.user", "tables.item.momentum", "dense.layers.0.weight"} <= first.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=tolerance, atol=tolerance), name
+    assert first["tables.user"].abs().max() > 0.01  # something was learned
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the data and the run of one worker that nothing happened to."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    write(root / "rows")
+    run_workers(load(root / "rows"), root / "run", workers=1)
+    return root / "rows", root / "run"
+
+
+def write(folder: Path) -> Examples:
+    from .conftest import write_parts
+
+    examples = write_parts(folder, [numbered_table(0, 90), numbered_table(90, ROWS - 90)])
+    pq.write_table(numbered_table(1000, 37), folder / "heldout.parquet", row_group_size=10)
+    return examples
+
+
+def load(folder: Path) -> Examples:
+    from cluster.examples import load_examples
+
+    return load_examples(str(folder))
+
+
+def test_a_run_counts_every_example_of_every_epoch(uninterrupted: tuple[Path, Path]) -> None:
+    _, run = uninterrupted
+    end = json.loads((run / "end.json").read_text())
+    assert (end["examples"], end["steps"]) == (2 * ROWS, 14)
+    assert 0.5 < end["heldout_auc"] <= 1  # the label is whether the user's number is odd
+    assert position_of(run) == (14, 2, 2 * ROWS)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["examples"] for line in lines] == sorted({line["examples"] for line in lines})
+
+
+def test_the_newest_checkpoints_stay(uninterrupted: tuple[Path, Path]) -> None:
+    _, run = uninterrupted
+    assert [one.name[-2:] for one in checkpoint_folders(run / "checkpoints")] == ["14", "12", "08"]
+
+
+def test_a_run_that_died_ends_as_if_it_had_not(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, whole = uninterrupted
+    run_workers(load(rows), tmp_path, workers=1, dies_after_steps=4)
+    assert position_of(tmp_path) == (4, 0, 96)
+    run_workers(load(rows), tmp_path, workers=1)
+    assert position_of(tmp_path) == position_of(whole)
+    assert_equal_states(tmp_path, whole, tolerance=0)
+
+
+def test_one_then_two_then_three_then_one_worker_end_as_one(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, whole = uninterrupted
+    for workers, dies_after_steps in ((1, 4), (2, 8), (3, 12), (1, 0)):
+        run_workers(load(rows), tmp_path, workers=workers, dies_after_steps=dies_after_steps)
+    assert position_of(tmp_path) == position_of(whole)
+    assert_equal_states(tmp_path, whole, tolerance=1e-5)
+    ends = [json.loads((folder / "end.json").read_text()) for folder in (tmp_path, whole)]
+    assert ends[0]["heldout_ne"] == pytest.approx(ends[1]["heldout_ne"], abs=1e-5)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no manifest"])
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
+    harm: str, uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows, whole = uninterrupted
+    run_workers(load(rows), tmp_path, workers=1, dies_after_steps=8)
+    torn = newest(tmp_path)
+    data = torn / "__0_0.distcp"
+    if harm == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif harm == "flipped":
+        flipped = bytearray(data.read_bytes())
+        flipped[len(flipped) // 2] ^= 1
+        data.write_bytes(flipped)
+    else:
+        (torn / MANIFEST).unlink()
+    said = run_workers(load(rows), tmp_path, workers=1)
+    assert "checkpoint passed over" in said
+    assert torn.name in said
+    assert position_of(tmp_path) == position_of(whole)
+    assert_equal_states(tmp_path, whole, tolerance=0)
+
+
+def test_data_that_changed_since_the_checkpoint_are_refused(
+    uninterrupted: tuple[Path, Path], tmp_path: Path, write_numbered: Callable[..., Examples]
+) -> None:
+    examples = write_numbered(90, 60)
+    run_workers(examples, tmp_path / "run", workers=1, dies_after_steps=4)
+    pq.write_table(numbered_table(5, 60), tmp_path / "rows" / "part-00001.parquet", row_group_size=9)
+    said = run_workers(examples, tmp_path / "run", workers=1)
+    assert "DataError: part-00001.parquet: has changed since the checkpoint" in said
+    assert position_of(tmp_path / "run")[0] == 4
