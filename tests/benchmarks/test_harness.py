@@ -66,12 +66,19 @@ def test_percentiles_are_those_of_a_hundred_and_one_steps() -> None:
 
 
 def test_peak_memory_includes_what_a_child_held_for_a_moment() -> None:
-    child = "import time; held = bytearray(b'1' * 200_000_000); time.sleep(0.6)"
+    code = "held = b'1' * 200_000_000; print('held', flush=True); input()"
     with PeakMemory(interval_s=0.05) as memory:
         before = memory.peak_bytes
-        subprocess.run([sys.executable, "-c", child], check=True)
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        # Of two more samples, the second began while the child held the memory.
+        seen = memory.samples
+        while memory.samples < seen + 2:
+            time.sleep(0.01)
+        child.communicate("\n")
     assert 200_000_000 < memory.peak_bytes - before < 300_000_000
-    assert tree_bytes([psutil.Process()]) < before + 100_000_000
+    assert tree_bytes([psutil.Process()]) < memory.peak_bytes - 150_000_000
 
 
 def test_memory_of_a_process_that_has_ended_counts_nothing() -> None:
