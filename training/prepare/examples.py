@@ -45,9 +45,9 @@ from training.prepare.external_ids import (
     digests,
     encode,
     list_row_groups,
-    merge_counts,
     read_row_group,
 )
+from training.prepare.numbering import ID_SCHEMA, ITEM_FOLDER, ROW_GROUP_ROWS, USER_FILE, Numbered, number_ids
 from training.prepare.sessions import (
     LISTED,
     LISTED_POSITION,
@@ -63,15 +63,9 @@ from training.prepare.sessions import (
 if TYPE_CHECKING:
     import ray.data
 
-ROW_GROUP_ROWS = 131_072
 MAX_PARTITIONS = 1_000
 """Of one shuffle, which has an object for each task and partition."""
-NEGATIVE_POWER = 0.75
 EVENT_COLUMNS = ("user_id", "item_id", "kind", "request_id", "ts_us")
-USER_FILE, ITEM_FILE = "ids/user.parquet", "ids/item.parquet"
-ITEM_FOLDER = "items"
-"""Of the draft: the item table as arrays."""
-ID_SCHEMA = pa.schema([("external_id", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
 
 OUT_SCHEMA = pa.schema(
     [
@@ -106,7 +100,7 @@ class ExamplesConfig:
     """Of the items drawn."""
     part_rows: int = 8 * ROW_GROUP_ROWS
     """Rows a file holds at most: what one task has in memory while it writes."""
-    bucket_events: int = 500_000
+    bucket_events: int = 250_000
     """Events that one task sessionises, about; the result does not depend on it."""
 
     def __post_init__(self) -> None:
@@ -146,7 +140,7 @@ def prepare_examples(
         raise DataError(f"{dataset.path}: holds no events")
     buckets = min(-(-dataset.info.events // config.bucket_events), MAX_PARTITIONS)
     with _draft_folder(out) as draft, _ray_data(verbose=verbose):
-        numbered = _number_ids(_read(events, partial(_count, buckets=buckets)), draft, config.ids, buckets)
+        numbered = number_ids(_read(events, partial(_count, buckets=buckets)), draft, config.ids, buckets)
         negatives = 0 if numbered.impressions else config.negatives
         if negatives and numbered.items < 2:
             raise DataError(f"{dataset.path}: has one item only, no other can be drawn; try --negatives 0")
@@ -167,68 +161,6 @@ def prepare_examples(
         load_examples(str(draft))  # or it says why
         _replace_folder(draft, out)
     return info
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Numbered:
-    """How many there are of each kind of id."""
-
-    users: int
-    items: int
-    impressions: int
-
-
-def _number_ids(counts: "ray.data.Dataset", draft: Path, ids: str, buckets: int) -> _Numbered:
-    """Write the vocabularies, the most frequent id first, and the item table that every task looks up.
-
-    Equal counts are in order of the external id. The driver sees one block at a time; it keeps the item's numbers.
-    """
-    (draft / "ids").mkdir()
-    merged = counts.groupby("bucket", num_partitions=buckets).map_groups(merge_counts, batch_format="pyarrow")
-    ordered = merged.sort(["column", "count", "external_id"], descending=[False, True, False])
-    kinds: dict[str, int] = {}
-    items: list[pa.Table] = []
-    with _IdFile(draft / USER_FILE, ids) as user_file, _IdFile(draft / ITEM_FILE, ids) as item_file:
-        for block in ordered.iter_batches(batch_size=None, batch_format="pyarrow"):
-            of_column = [block.filter(pc.equal(block["column"], number)) for number in range(len(COUNTED_COLUMNS))]
-            user_file.write(of_column[0])
-            items.append(item_file.write(of_column[1]))
-            kinds |= dict(zip(of_column[2]["external_id"].to_pylist(), of_column[2]["count"].to_pylist(), strict=True))
-    digest, number, count = (pa.concat_tables(items)[name].to_numpy() for name in ("digest", "id", "count"))
-    ItemTable.build(digest, number, count, power=NEGATIVE_POWER).save(draft / ITEM_FOLDER)
-    return _Numbered(users=user_file.rows, items=item_file.rows, impressions=kinds.get("impression", 0))
-
-
-class _IdFile:
-    """A vocabulary being written; its row groups do not show the blocks that it came in."""
-
-    def __init__(self, path: Path, ids: str) -> None:
-        self.rows = 0
-        self._pending = ID_SCHEMA.empty_table()
-        self._ids = ids
-        self._writer = pq.ParquetWriter(path, ID_SCHEMA, compression="zstd")
-
-    def __enter__(self) -> "_IdFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._write_pending(self._pending.num_rows)
-        self._writer.close()
-
-    def write(self, counted: pa.Table) -> pa.Table:
-        """Number these ids, write them, and return their digest, number and count."""
-        following = np.arange(self.rows, self.rows + counted.num_rows)
-        number = pa.chunked_array([following]) if self._ids == "rows" else counted["digest"]
-        self.rows += counted.num_rows
-        numbered = counted.append_column("id", number)
-        self._pending = pa.concat_tables([self._pending, numbered.select(ID_SCHEMA.names).cast(ID_SCHEMA)])
-        while self._pending.num_rows >= ROW_GROUP_ROWS:
-            self._write_pending(ROW_GROUP_ROWS)
-        return numbered.select(["digest", "id", "count"])
-
-    def _write_pending(self, rows: int) -> None:
-        self._writer.write_table(self._pending.slice(0, rows).combine_chunks())
-        self._pending = self._pending.slice(rows)
 
 
 def _read(row_groups: list[RowGroup], read: Callable[[pa.Table], Iterator[pa.Table]]) -> "ray.data.Dataset":
@@ -331,7 +263,7 @@ def _collect(written: "ray.data.Dataset", parts: int) -> list[dict[str, int]]:
 
 
 def _describe(
-    dataset: Dataset, config: ExamplesConfig, numbered: _Numbered, parts: list[dict[str, int]]
+    dataset: Dataset, config: ExamplesConfig, numbered: Numbered, parts: list[dict[str, int]]
 ) -> ExamplesInfo:
     """Add the parts up. Raises `DataError` where there are none, or where time ran backwards."""
     if not parts:
