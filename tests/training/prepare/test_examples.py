@@ -281,7 +281,9 @@ def test_movielens_gives_the_histories_that_a_plain_loop_finds(ray_cluster, movi
 def test_the_command_prints_its_result_alone_and_one_cpu_gives_the_same_bytes(movielens: Dataset, tmp_path: Path):
     for cpus in (1, 3):
         words = ["--json", "--set", f"engine.logical_cpus={cpus}"]
-        done = subprocess.run(command(movielens, tmp_path / str(cpus), *words), capture_output=True, text=True)
+        done = subprocess.run(
+            command(movielens, tmp_path / str(cpus), *words), capture_output=True, text=True, timeout=140
+        )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.count("\n") == 1
         assert json.loads(done.stdout)["positives"] == 100_000
