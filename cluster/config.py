@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "encoder": "embeddings.text_encoder:EncoderConfig",
         "tables": "embeddings.tables:TablesConfig",
         "model": "training.models.two_stage:ModelConfig",
+        "ids": "embeddings.ids.config:IdsConfig",
         "train": "training.run:TrainConfig",
         "stream": "training.examples.stream:StreamConfig",
         "click": "training.models.click:ClickConfig",

@@ -54,3 +54,38 @@ def lay_out(
             cell += 1
         at += 1
     place[0], place[1] = at, cell - 2 * count
+
+
+@numba.njit(nogil=True, cache=True)
+def drop_unknown(  # noqa: ANN201  (numba infers)
+    user_row: np.ndarray, item_row: np.ndarray, history_length: np.ndarray, values: np.ndarray, lengths: np.ndarray
+):
+    """Lay rows out for a lookup, leaving out those below 0; return how many there are.
+
+    `item_row` holds B candidates, then the histories; `lengths` [3B] is filled.
+    """
+    count = len(user_row)
+    at = 0
+    for b in range(count):
+        known = user_row[b] >= 0
+        lengths[b] = known
+        if known:
+            values[at] = user_row[b]
+            at += 1
+    for b in range(count):
+        known = item_row[b] >= 0
+        lengths[count + b] = known
+        if known:
+            values[at] = item_row[b]
+            at += 1
+    cell = count
+    for b in range(count):
+        kept = 0
+        for _ in range(history_length[b]):
+            if item_row[cell] >= 0:
+                values[at] = item_row[cell]
+                at += 1
+                kept += 1
+            cell += 1
+        lengths[2 * count + b] = kept
+    return at

@@ -10,9 +10,11 @@ A lane holds its open block and the next one: a worker needs about lanes / worke
 there are. What is yielded depends on the data, seed, epoch and step only (lanes.py).
 """
 
+import contextlib
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -257,6 +259,10 @@ class _LaneReader:
         return self._pool.submit(self._read, self._blocks[number]) if number < len(self._blocks) else None
 
 
+EXIT_PATIENCE_S = 10.0
+"""How long leaving waits for a thread: one that waits for another worker may wait for ever, and must not hold the error
+back that made this one leave. It is a daemon: it ends with the process."""
+
 Item = TypeVar("Item")
 _END = object()
 
@@ -276,12 +282,10 @@ class Background(Generic[Item]):
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        while self._thread.is_alive():  # it may be waiting to hand over an item that nobody wants any more
-            try:
+        give_up_s = time.monotonic() + EXIT_PATIENCE_S
+        while self._thread.is_alive() and time.monotonic() < give_up_s:
+            with contextlib.suppress(queue.Empty):  # it may be waiting to hand over what nobody wants any more
                 self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._thread.join()
 
     def __iter__(self) -> Iterator[Item]:
         while (item := self._ready.get()) is not _END:

@@ -12,8 +12,9 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import psutil
@@ -25,7 +26,8 @@ from cluster.config import Recipe
 from cluster.errors import ConfigError, DataError
 from cluster.examples import Examples, load_examples
 from embeddings.examples import ExampleBatch
-from embeddings.tables import ITEM, USER, TablesConfig, local_shards, reset_rows
+from embeddings.ids.config import IdsConfig
+from embeddings.tables import TablesConfig, local_shards, reset_rows
 from training.checkpoint import load_checkpoint, training_state
 from training.evaluation.clicks import ClickTally, collective_device
 from training.examples.checkpoints import (
@@ -35,8 +37,8 @@ from training.examples.checkpoints import (
     newest_checkpoint,
     read_arrays,
 )
-from training.examples.columns import REASONS, Limits
-from training.examples.rows import batch_of_rows
+from training.examples.columns import REASONS
+from training.examples.rows import build_rows
 from training.examples.stream import Background, ExampleRows, ExampleStream, StreamConfig
 from training.models.click import ClickConfig, build_click_model
 from training.run import CHECKPOINTS_FOLDER, METRICS_FILE, SCORES_FILE, TrainConfig, learning_rate
@@ -67,14 +69,14 @@ class ExamplesTrainer:
         """Collective. Build and shard the model."""
         self.config, self.stream = recipe.section(TrainConfig), recipe.section(StreamConfig)
         self.examples, self.folder, self.device = examples, folder, device
-        users, items = examples.info.users, examples.info.items
-        if users is None or items is None:
-            raise ConfigError(f"{examples.uri}: its ids are no table rows")
-        self.limits = Limits(users, items)
+        self.ids = recipe.section(IdsConfig)
+        # Collective. A group of its own: ids are exchanged on a background thread.
+        group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self.rows = build_rows(examples, self.ids, cast("dist.ProcessGroup | None", group))
         self.model = build_click_model(
             recipe.section(TablesConfig),
             recipe.section(ClickConfig),
-            {USER: users, ITEM: items},
+            self.rows.table_rows,
             batch_examples=self.stream.batch_examples,
             device=self.device,
             seed=self.config.seed,
@@ -82,42 +84,66 @@ class ExamplesTrainer:
         self.optimizers = Optimizers(self.model, self.config.step())
         self.writer = CheckpointWriter(folder / CHECKPOINTS_FOLDER, keep=self.config.keep_checkpoints)
         self._pieces = local_shards(self.model)
+        self._ids_state = self.rows.state()
 
     def train(self) -> Position:
         """Collective. Train from the newest checkpoint to the end, which is saved as well; return where that is."""
         position = self.resume()
         while position.epoch < self.config.epochs:
-            self.train_epoch(position)
+            for _ in self.train_epoch(position):
+                pass
             position.epoch, position.step = position.epoch + 1, 0
         self.save(position)
         self.writer.close()
         return position
 
-    def train_epoch(self, position: Position) -> None:
-        """Collective. Train the rest of the epoch, saving and reporting on the way; moves `position`."""
+    def train_epoch(self, position: Position) -> Iterator[int]:
+        """Collective. Train the rest of the epoch, saving and reporting on the way; moves `position`.
+
+        Yields this worker's examples of each step, once the step is done.
+        """
         stream = self._stream(self.examples, position.epoch)
         window = Window()
         self.model.train()
-        with stream.batches(position.step) as shares:
-            for share, batch in self._batches(shares):
+        with stream.batches(position.step) as shares, self._mapped(shares, position, stream.steps) as batches:
+            for share, batch, ids_state in batches:
                 rate = learning_rate(position.steps, self.config.epochs * stream.steps, self.config)
                 self.optimizers.scale_learning_rate(rate)
                 for table, rows in batch.reused.items():
                     reset_rows(self._pieces, table, rows)
-                losses = train_step(self.model, batch, self.optimizers)
+                losses = train_step(self.model, batch.to(self.device), self.optimizers)
                 window.add(losses.logit_B, batch.label_B, share.skipped)
                 position.step, position.steps = position.step + 1, position.steps + 1
-                last = position.step == stream.steps
-                saves = position.steps % self.config.checkpoint_steps == 0 and not last
-                if last or saves or position.steps % self.config.log_steps == 0:
+                if ids_state is not None or position.steps % self.config.log_steps == 0:
                     self._log(window.close(position))  # collective
-                if saves:
-                    self.save(position)
+                if ids_state is not None:
+                    self._ids_state = ids_state
+                    if position.step < stream.steps:
+                        self.save(position)
+                yield len(batch.label_B)
+
+    def _mapped(
+        self, shares: Iterable[ExampleRows], position: Position, steps: int
+    ) -> "Background[tuple[ExampleRows, ExampleBatch, dict[str, np.ndarray] | None]]":
+        """Collective, on a thread. Yield each share with its batch and, where a checkpoint follows, the id tables.
+
+        Ids are mapped ahead of the steps, so the tables are copied when their turn comes: after the last batch before
+        a checkpoint, which are due at steps that every worker knows without asking.
+        """
+        done = position.steps
+
+        def map_all() -> Iterator[tuple[ExampleRows, ExampleBatch, dict[str, np.ndarray] | None]]:
+            for number, share in enumerate(shares, start=1):
+                batch = self.rows.learn(share, done + number)
+                is_due = (done + number) % self.config.checkpoint_steps == 0 or share.step == steps - 1
+                yield share, batch, self.rows.state() if is_due else None
+
+        return Background(map_all, depth=self.stream.prefetch)
 
     def save(self, position: Position) -> None:
         """Collective. Write a checkpoint in the background."""
         state = training_state(self.model, self.optimizers)
-        arrays = {RNG: torch.get_rng_state().numpy()}
+        arrays = {RNG: torch.get_rng_state().numpy(), **self._ids_state}
         self.writer.save(state, arrays, position, self._stream_identity())
 
     def resume(self) -> Position:
@@ -137,6 +163,10 @@ class ExamplesTrainer:
         saved = SavedCheckpoint.read(folder)
         _assert_same_stream(saved.stream, self._stream_identity())
         load_checkpoint(self.model, self.optimizers, folder)
+        self.rows.load_state(
+            {name: np.concatenate(read_arrays(folder, name, saved.workers)) for name in self._ids_state}
+        )
+        self._ids_state = self.rows.state()
         if saved.workers == dist.get_world_size():
             torch.set_rng_state(torch.from_numpy(read_arrays(folder, RNG, saved.workers)[dist.get_rank()]))
         return saved.position
@@ -149,8 +179,9 @@ class ExamplesTrainer:
         tally = ClickTally()
         self.model.eval()
         with self._stream(heldout, 0).batches() as shares, torch.no_grad():
-            for _, batch in self._batches(shares):
-                tally.add(self.model(batch).logit_B, batch.label_B)
+            for share in shares:
+                batch = self.rows.look_up(share)
+                tally.add(self.model(batch.to(self.device)).logit_B, batch.label_B)
         figures = tally.over_all_workers().figures()
         return {f"heldout_{name}": figures[name] for name in ("auc", "ne")}
 
@@ -162,12 +193,8 @@ class ExamplesTrainer:
             epoch=epoch,
             rank=dist.get_rank(),
             workers=dist.get_world_size(),
-            limits=self.limits,
+            limits=self.rows.limits,
         )
-
-    def _batches(self, shares: Background[ExampleRows]) -> Iterator[tuple[ExampleRows, ExampleBatch]]:
-        for share in shares:
-            yield share, batch_of_rows(share).to(self.device)
 
     def _stream_identity(self) -> dict[str, object]:
         return {
@@ -177,6 +204,7 @@ class ExamplesTrainer:
                 f"stream.{key}": getattr(self.stream, key)
                 for key in ("batch_examples", "lanes", "shuffle_rows", "max_history", "bad_rows")
             },
+            **{f"ids.{key}": value for key, value in dataclasses.asdict(self.ids).items()},
         }
 
     def _log(self, metrics: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ The pointwise model for impressions without number: it is what `recloop train` f
 Shapes: B examples, D dimension.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -97,7 +98,7 @@ def _side_by_side(pooled: "KeyedTensor") -> torch.Tensor:
 def build_click_model(
     tables: TablesConfig,
     model: ClickConfig,
-    rows: dict[str, int],
+    rows: Mapping[str, int],
     *,
     batch_examples: int,
     device: torch.device,

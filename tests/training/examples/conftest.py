@@ -26,12 +26,13 @@ def numbered_table(first: int, rows: int) -> pa.Table:
     )
 
 
-def write_parts(folder: Path, parts: Sequence[pa.Table], *, group_rows: int = 7) -> Examples:
+def write_parts(folder: Path, parts: Sequence[pa.Table], *, group_rows: int = 7, ids: str = "rows") -> Examples:
     folder.mkdir(parents=True)
     for number, table in enumerate(parts):
         pq.write_table(table, folder / f"part-{number:05d}.parquet", row_group_size=group_rows)
     rows = sum(table.num_rows for table in parts)
-    write_info(folder, ExamplesInfo(schema_version=1, name="numbered", rows=rows, ids="rows", users=USERS, items=ITEMS))
+    counts = {"users": USERS, "items": ITEMS} if ids == "rows" else {}
+    write_info(folder, ExamplesInfo(schema_version=1, name="numbered", rows=rows, ids=ids, **counts))
     return load_examples(str(folder))
 
 

@@ -6,16 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.examples import Examples
+from cluster.examples import Examples, load_examples
 from cluster.ray_session import find_free_port
 from training.checkpoint import read_checkpoint
-from training.examples.checkpoints import MANIFEST, SavedCheckpoint, checkpoint_folders
+from training.examples.checkpoints import MANIFEST, SavedCheckpoint, checkpoint_folders, read_arrays
 
-from .conftest import numbered_table
+from .conftest import USERS, numbered_table, write_parts
 
 PROGRAM = Path(__file__).with_name("trainer_program.py")
 ROWS = 150
@@ -55,6 +56,13 @@ def assert_equal_states(one: Path, other: Path, *, tolerance: float) -> None:
     assert first["tables.user"].abs().max() > 0.01  # something was learned
 
 
+def ids_of(folder: Path) -> set[int]:
+    """Return the user ids that have a row in the newest checkpoint."""
+    saved = SavedCheckpoint.read(newest(folder))
+    row_id = np.concatenate(read_arrays(newest(folder), "user.row_id", saved.workers))
+    return set(row_id[row_id >= 0].tolist())
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the data and the run of one worker that nothing happened to."""
@@ -65,16 +73,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 
 def write(folder: Path) -> Examples:
-    from .conftest import write_parts
-
     examples = write_parts(folder, [numbered_table(0, 90), numbered_table(90, ROWS - 90)])
     pq.write_table(numbered_table(1000, 37), folder / "heldout.parquet", row_group_size=10)
     return examples
 
 
 def load(folder: Path) -> Examples:
-    from cluster.examples import load_examples
-
     return load_examples(str(folder))
 
 
@@ -110,6 +114,18 @@ def test_one_then_two_then_three_then_one_worker_end_as_one(uninterrupted: tuple
     assert_equal_states(tmp_path, whole, tolerance=1e-5)
     ends = [json.loads((folder / "end.json").read_text()) for folder in (tmp_path, whole)]
     assert ends[0]["heldout_ne"] == pytest.approx(ends[1]["heldout_ne"], abs=1e-5)
+
+
+def test_ids_that_nobody_listed_get_the_same_rows_whatever_happens(tmp_path: Path) -> None:
+    examples = write_parts(tmp_path / "rows", [numbered_table(0, 90), numbered_table(90, 60)], ids="any")
+    run_workers(examples, tmp_path / "whole", workers=1)
+    for workers, dies_after_steps in ((2, 4), (1, 12), (2, 0)):
+        run_workers(examples, tmp_path / "run", workers=workers, dies_after_steps=dies_after_steps)
+    assert position_of(tmp_path / "run") == position_of(tmp_path / "whole") == (14, 2, 2 * ROWS)
+    assert_equal_states(tmp_path / "run", tmp_path / "whole", tolerance=1e-5)
+    ids = [ids_of(tmp_path / run) for run in ("run", "whole")]
+    assert ids[0] == ids[1]
+    assert USERS / 2 < len(ids[0]) < USERS  # one row a bucket: some compete for theirs, and rows change hands
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "no manifest"])

@@ -27,6 +27,9 @@ SETTINGS = (
     "train.epochs=2",
     "train.warmup_steps=2",
     "train.keep_checkpoints=3",
+    "ids.user_rows=240",
+    "ids.item_rows=240",
+    "ids.admit_after=2",
 )
 
 
