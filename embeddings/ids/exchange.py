@@ -132,7 +132,7 @@ class ShardedIds:
     def _gather(self, numbers: np.ndarray) -> np.ndarray:
         """Collective. Return every worker's numbers, in order of workers."""
         everyone = torch.empty(self._workers * numbers.size, dtype=torch.int64)
-        dist.all_gather_into_tensor(everyone, torch.from_numpy(numbers), group=self._group)
+        dist.all_gather_single(everyone, torch.from_numpy(numbers), group=self._group)
         return everyone.numpy()
 
     def _exchange(self, columns: list[tuple[np.ndarray, np.ndarray]], got_sizes: np.ndarray) -> list[np.ndarray]:

@@ -142,4 +142,4 @@ def test_more_new_ids_a_step_than_rows_follow_the_rules() -> None:
 @pytest.mark.parametrize(("capacity", "buckets"), [(1, 240), (700, 24), (48_000, 2)])
 def test_thousands_of_steps_follow_the_rules(evict: str, admit_after: int, capacity: int, buckets: int) -> None:
     config = IdsConfig(evict=evict, admit_after=admit_after, halve_every=150, ttl_steps=90)
-    follow(config, capacity, buckets, universe=1500, draws=200, steps=4000)
+    follow(config, capacity, buckets, universe=1500, draws=200, steps=2500)
