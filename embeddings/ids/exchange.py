@@ -2,7 +2,7 @@
 
 In:  a worker's user and item ids of one step, repeated as they occur.  Out: a row for each, and all reused rows.
 Knows nothing of batches and vectors. Communication runs over a group of its own, so a background thread may call it
-while the training thread uses another group.
+while the training thread uses another group; one thread at a time.
 
 One step of two workers, both tables in the same messages:
 

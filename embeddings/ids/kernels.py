@@ -23,6 +23,7 @@ import numpy as np
 from numba import njit
 
 from embeddings.ids.config import BUCKETS
+from embeddings.vocabulary import UNKNOWN_ROW
 
 EMPTY = -1
 NEVER_USED = -1
@@ -32,6 +33,8 @@ COUNT_MAX = (1 << 32) - 1
 USE_MAX = (1 << 63) - 1
 AHEAD = 64  # ids whose first slots are read together, so that their cache misses overlap
 SURVEY_SHARE, SURVEY_LEAST = 8, 64  # a survey finds an eighth of a bucket's rows, 64 at least
+
+kernel = njit(nogil=True, cache=True, error_model="numpy")  # no check for division by zero: sizes are above it
 
 _BUCKETS = np.uint64(BUCKETS)
 _HALF = np.uint64(32)
@@ -87,7 +90,7 @@ def build_victims(buckets: int, per_bucket: int) -> Victims:
     )
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def mix(key: int) -> np.uint64:
     """Return 64 well-mixed bits of an id (MurmurHash3's finaliser: a bijection)."""
     h = np.uint64(key)
@@ -96,19 +99,19 @@ def mix(key: int) -> np.uint64:
     return h ^ (h >> _SHIFT)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def bucket_of(h: np.uint64) -> int:
     """Return the bucket, of all 240, that a mixed id falls into."""
     return int(np.int64(h % _BUCKETS))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def home_of(h: np.uint64, base: int, size: int) -> int:
     """Return the slot where a mixed id's probing starts: the upper 32 bits scaled to the region."""
     return base + int(np.int64(((h >> _HALF) * np.uint64(size)) >> _HALF))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_offender(ids: np.ndarray, first_bucket: int, buckets: int) -> int:
     """Return the position of the first id that is negative or in nobody's bucket here, or -1."""
     for i in range(ids.size):
@@ -117,7 +120,7 @@ def first_offender(ids: np.ndarray, first_bucket: int, buckets: int) -> int:
     return -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def buckets_of_ids(ids: np.ndarray) -> np.ndarray:
     """Return the bucket, of all 240, of every id."""
     buckets = np.empty(ids.size, np.int64)
@@ -126,7 +129,7 @@ def buckets_of_ids(ids: np.ndarray) -> np.ndarray:
     return buckets
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find(slots: np.ndarray, home: int, base: int, size: int, key: int) -> int:
     """Return the key's slot, or -1-slot of the empty one where it would go."""
     slot = home
@@ -141,13 +144,13 @@ def find(slots: np.ndarray, home: int, base: int, size: int, key: int) -> int:
             slot = base
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find_in(slots: np.ndarray, size: int, bucket: int, key: int) -> int:
     """Return what `find` does, for a key of the local bucket, whose region has `size` slots."""
     return find(slots, home_of(mix(key), bucket * size, size), bucket * size, size, key)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def insert(slots: np.ndarray, size: int, bucket: int, key: int, place: int) -> bool:
     """Write the key and its place; return whether the key is new."""
     slot = find_in(slots, size, bucket, key)
@@ -159,7 +162,7 @@ def insert(slots: np.ndarray, size: int, bucket: int, key: int, place: int) -> b
     return is_new
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def delete(slots: np.ndarray, size: int, bucket: int, key: int) -> None:
     """Remove a key that is there, and close the gap."""
     base = bucket * size
@@ -181,7 +184,7 @@ def delete(slots: np.ndarray, size: int, bucket: int, key: int) -> None:
     slots[gap, 0] = EMPTY
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def probe(store: Store, ids: np.ndarray, found: np.ndarray) -> None:
     """Write each id's slot, or a negative number, into `found`. The ids are in the store's buckets."""
     slots, buckets = store.slots, store.pending_next.size
@@ -200,25 +203,25 @@ def probe(store: Store, ids: np.ndarray, found: np.ndarray) -> None:
                 found[i] = find(slots, found[i], base, size, ids[i])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def look_up(store: Store, ids: np.ndarray, rows: np.ndarray) -> None:
-    """Write each id's global row, or -1."""
+    """Write each id's global row, or UNKNOWN_ROW."""
     probe(store, ids, rows)
     first_row = store.first_bucket * (store.row_id.size // store.pending_next.size)
     for i in range(ids.size):
         place = store.slots[rows[i], 1] if rows[i] >= 0 else -1
-        rows[i] = first_row + place if place >= 0 else -1
+        rows[i] = first_row + place if place >= 0 else UNKNOWN_ROW
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count(store: Store, ids: np.ndarray, counts: np.ndarray, step: int, rows: np.ndarray, totals: np.ndarray) -> None:
-    """Count the ids that have a row or are pending; write global rows (or -1) and, for ids without one, totals."""
+    """Count the ids that have a row or are pending; write global rows (or UNKNOWN_ROW) and, for ids without, totals."""
     probe(store, ids, rows)
     first_row = store.first_bucket * (store.row_id.size // store.pending_next.size)
     for i in range(ids.size):
         totals[i] = min(counts[i], COUNT_MAX)
         if rows[i] < 0:
-            rows[i] = -1
+            rows[i] = UNKNOWN_ROW
             continue
         place = store.slots[rows[i], 1]
         if place >= 0:
@@ -228,10 +231,10 @@ def count(store: Store, ids: np.ndarray, counts: np.ndarray, step: int, rows: np
         else:
             totals[i] = min(store.pending_count[-1 - place] + counts[i], COUNT_MAX)
             store.pending_count[-1 - place] = totals[i]
-            rows[i] = -1
+            rows[i] = UNKNOWN_ROW
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def halve(store: Store, victims: Victims, bucket: int) -> None:
     """Halve the counts of a local bucket's rows, rounding down."""
     per_bucket = store.row_id.size // store.pending_next.size
@@ -243,7 +246,7 @@ def halve(store: Store, victims: Victims, bucket: int) -> None:
     victims.mark_use[bucket] = -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def expire(store: Store, bucket: int, step: int, ttl_steps: int) -> None:
     """Free a local bucket's rows that were last seen more than `ttl_steps` ago."""
     size = store.slots.shape[0] // store.pending_next.size
@@ -257,19 +260,19 @@ def expire(store: Store, bucket: int, step: int, ttl_steps: int) -> None:
             store.first_free[bucket] = min(store.first_free[bucket], row)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def is_less(use: int, row: int, other_use: int, other_row: int) -> bool:
     """Return whether the first is to be given up before the second."""
     return use < other_use or (use == other_use and row < other_row)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def is_below_mark(victims: Victims, bucket: int, use: int, row: int) -> bool:
     """Return whether the heap must hold the row."""
     return is_less(use, row, victims.mark_use[bucket], victims.mark_row[bucket])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def push(victims: Victims, bucket: int, use: int, row: int) -> None:
     """Add a row to the heap, or lower the mark to it where the heap is full."""
     kept = victims.use.size // victims.size.size
@@ -290,7 +293,7 @@ def push(victims: Victims, bucket: int, use: int, row: int) -> None:
     victims.row[base + at] = row
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def remove_victim(victims: Victims, bucket: int) -> None:
     """Remove the heap's lowest row."""
     base = bucket * (victims.use.size // victims.size.size)
@@ -316,14 +319,14 @@ def remove_victim(victims: Victims, bucket: int) -> None:
     victims.row[base + at] = row
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def keep_victim(victims: Victims, row: int) -> None:
     """Set a locked row aside until its bucket is done."""
     victims.aside[victims.asides[0]] = row
     victims.asides[0] += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def put_back(victims: Victims, row_use: np.ndarray, bucket: int) -> None:
     """Return to the heap what was set aside and still belongs into it."""
     for at in range(victims.asides[0]):
@@ -333,7 +336,7 @@ def put_back(victims: Victims, row_use: np.ndarray, bucket: int) -> None:
     victims.asides[0] = 0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def survey(victims: Victims, row_use: np.ndarray, bucket: int, step: int) -> None:
     """Scan a bucket, all of whose rows have ids, for its K lowest rows that are not locked."""
     kept = victims.use.size // victims.size.size
@@ -365,7 +368,7 @@ def survey(victims: Victims, row_use: np.ndarray, bucket: int, step: int) -> Non
             ties -= 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def next_victim(victims: Victims, row_use: np.ndarray, bucket: int, step: int) -> int:
     """Return the row to give up next, or -1 when every row is locked. It stays until `remove_victim`."""
     base = bucket * (victims.use.size // victims.size.size)
@@ -389,7 +392,7 @@ def next_victim(victims: Victims, row_use: np.ndarray, bucket: int, step: int) -
         was_surveyed = True
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def take_free(store: Store, bucket: int) -> int:
     """Return a local bucket's lowest free row, or -1. The caller fills it."""
     end = (bucket + 1) * (store.row_id.size // store.pending_next.size)
@@ -400,7 +403,7 @@ def take_free(store: Store, bucket: int) -> int:
     return row if row < end else -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def wait(store: Store, bucket: int, key: int, total: int) -> None:
     """Remember an id without a row, in the place of the bucket's oldest such id."""
     size = store.slots.shape[0] // store.pending_next.size
@@ -414,7 +417,7 @@ def wait(store: Store, bucket: int, key: int, total: int) -> None:
     store.pending_next[bucket] = at + 1 if at + 1 < (bucket + 1) * ring else bucket * ring
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def settle(store: Store, bucket: int, key: int, total: int, step: int, row: int) -> None:
     """Give a row to an id, which waits no longer."""
     size = store.slots.shape[0] // store.pending_next.size
@@ -431,7 +434,7 @@ def settle(store: Store, bucket: int, key: int, total: int, step: int, row: int)
     store.row_use[row] = (total << STEP_BITS) | step
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def admit(
     store: Store,
     victims: Victims,
@@ -482,7 +485,7 @@ def admit(
     return reuses
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def rebuild(store: Store) -> int:
     """Fill the empty slots from rows and pending ids; return the first id that repeats or is misplaced, or -1."""
     size = store.slots.shape[0] // store.pending_next.size
@@ -500,7 +503,7 @@ def rebuild(store: Store) -> int:
     return -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_astray(store: Store) -> int:
     """Return an id that does not map back to the place that holds it, or -1."""
     size = store.slots.shape[0] // store.pending_next.size
@@ -515,7 +518,7 @@ def first_astray(store: Store) -> int:
     return -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def group_by_owner(ids: np.ndarray, owner_of_bucket: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return positions grouped by the ids' owners, and write how many each owner has."""
     owners = owner_of_bucket[buckets_of_ids(ids)]

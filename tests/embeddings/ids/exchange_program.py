@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch.distributed as dist
@@ -38,7 +39,9 @@ def mine(ids: np.ndarray, step: int, rank: int, workers: int) -> np.ndarray:
 class Worker:
     def __init__(self, rank: int, workers: int, folder: Path) -> None:
         self.rank, self.workers, self.folder = rank, workers, folder
-        self.group = dist.new_group(list(range(workers)), backend="gloo") if workers > 1 else None
+        self.group: dist.ProcessGroup | None = None
+        if workers > 1:
+            self.group = cast("dist.ProcessGroup", dist.new_group(list(range(workers)), backend="gloo"))
         self.written: dict[str, np.ndarray] = {}
 
     def run(self) -> None:
@@ -52,7 +55,7 @@ class Worker:
         users, items = (mine(ids, 0, self.rank, self.workers) for ids in ids_of_step(STEPS - 1))
         found = sharded.lookup(users, items)
         self.written |= {f"lookup.{name}": rows for name, rows in found._asdict().items()}
-        np.savez(self.folder / str(self.workers) / f"{self.rank}.npz", **self.written)
+        np.savez(self.folder / str(self.workers) / f"{self.rank}.npz", allow_pickle=False, **self.written)
 
     def follow(self, sharded: ShardedIds, steps: range) -> None:
         for step in steps:
@@ -71,7 +74,7 @@ class Worker:
     def save(self, name: str, state: dict[str, np.ndarray]) -> None:
         if self.rank == 0:
             draft = self.folder / str(self.workers) / f"{name}.draft.npz"
-            np.savez(draft, **state)
+            np.savez(draft, allow_pickle=False, **state)
             draft.rename(draft.with_name(f"{name}.npz"))
 
     def others_state(self) -> dict[str, np.ndarray]:
