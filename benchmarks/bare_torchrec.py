@@ -4,7 +4,8 @@
 
 In:  an examples folder whose ids are table rows (benchmarks/planted.py writes one).
 Out: examples a second of two gloo processes with one thread each, in turns with plain PyTorch on two threads, which
-     reads its batches from disk. Here nothing is read, shuffled, counted or saved while the clock runs.
+     reads its batches from disk, once waiting for its threads by spinning and once by yielding; the better one
+     counts. Here nothing is read, shuffled, counted or saved while the clock runs.
 Bound by the lookups' memory traffic and by gloo's all-to-all of ids, sums and their gradients.
 
 The batches, different ones for each process, are cut before the clock starts and used in turn.
@@ -35,6 +36,7 @@ from benchmarks.plain_torch import (
     DIM,
     HIDDEN,
     LEARNING_RATE,
+    YIELDING,
     Columns,
     build_plain,
     read_batches,
@@ -193,12 +195,14 @@ def main() -> None:
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = flags.data or write_examples(Path(scratch), 1_000_000, 100_000, 10_000, seed=0, heldout_rows=1)
         steps = min(flags.steps, 5) if flags.quick else flags.steps
-        plain = stack.enter_context(Segments(build_plain, folder=str(folder)))
+        spinning = stack.enter_context(Segments(build_plain, folder=str(folder)))
+        yielding = stack.enter_context(Segments(build_plain, environment=YIELDING, folder=str(folder)))
         bare = stack.enter_context(Segments(build_bare, workers=WORKERS, folder=str(folder), port=free_port()))
-        variants = {"plain_torch": plain, "bare_torchrec": bare}
+        variants = {"plain_spinning": spinning, "plain_yielding": yielding, "bare_torchrec": bare}
         measured = {name: partial(_examples_s, segments, steps) for name, segments in variants.items()}
         turns = interleave(measured, 2 if flags.quick else flags.repeats, warm_ups=2)
-        results = turns.summary() | {"bare_over_plain": turns.ratio("bare_torchrec", "plain_torch")}
+        plain = max("plain_spinning", "plain_yielding", key=turns.median)
+        results = turns.summary() | {"plain": plain, "bare_over_plain": turns.ratio("bare_torchrec", plain)}
     config = {"batch": BATCH, "steps": steps, "workers": WORKERS, "dim": DIM, "hidden": HIDDEN, "quick": flags.quick}
     print_result(results=results, config=config, checks=[])
 

@@ -7,9 +7,10 @@ can be measured in turns within one run.
 """
 
 import ctypes
+import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -75,16 +76,27 @@ def keep_freed_memory() -> None:
 
 
 class Segments:
-    """Processes that each called `build(rank, **arguments)` once and run segments together; close them with `with`."""
+    """Processes that each called `build(rank, **arguments)` once and run segments together; close them with `with`.
 
-    def __init__(self, build: Build, *, workers: int = 1, **arguments: Any) -> None:  # noqa: ANN401 - build's own
+    `environment` is added to theirs: some libraries read it when they load, before `build` is called.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        *,
+        workers: int = 1,
+        environment: Mapping[str, str] | None = None,
+        **arguments: Any,  # noqa: ANN401 - build's own
+    ) -> None:
         context = get_context("spawn")  # never fork: threads of torch and Ray
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, build, rank, arguments))
-            process.start()
+            with _added(environment or {}):
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -139,6 +151,19 @@ class Segments:
                     rank = self._pipes.index(pipe)
                     raise EngineError(f"benchmark process {rank} ended; its traceback is on stderr") from error
         return [answers[pipe] for pipe in self._pipes]
+
+
+@contextmanager
+def _added(environment: Mapping[str, str]) -> Iterator[None]:
+    """Add to this process's environment, which a spawned process inherits, for the length of the block."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    yield
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 def _serve(pipe: Connection, build: Build, rank: int, arguments: dict[str, Any]) -> None:

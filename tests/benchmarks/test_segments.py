@@ -27,6 +27,12 @@ def build_mortal(rank: int) -> Run:
     return run
 
 
+def build_reader(rank: int) -> Run:
+    """A worker whose examples a step are the number that its environment names."""
+    examples = int(os.environ["EXAMPLES_A_STEP"])
+    return lambda steps: time_steps(lambda: (examples, 0.0), steps)
+
+
 def build_nothing(rank: int) -> Run:
     raise SystemExit(4)
 
@@ -52,3 +58,9 @@ def test_a_process_that_ends_is_an_error_and_the_others_are_ended() -> None:
 def test_a_process_that_cannot_be_built_is_an_error() -> None:
     with pytest.raises(EngineError, match="process 0 ended"):
         Segments(build_nothing)
+
+
+def test_an_environment_is_the_processes_alone() -> None:
+    with Segments(build_reader, environment={"EXAMPLES_A_STEP": "7"}) as readers:
+        assert "EXAMPLES_A_STEP" not in os.environ
+        assert readers.measure(2).examples == 14
