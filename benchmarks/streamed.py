@@ -25,13 +25,13 @@ SETTLING_STEPS = 8
 
 
 def build_streamed(
-    rank: int, *, folder: str, run_folder: str, port: int, workers: int, settings: Sequence[str] = ()
+    rank: int, *, folder: str, run_folder: str, port: int, processes: int, settings: Sequence[str] = ()
 ) -> Run:
     """Collective. Build the trainer and return what runs a segment; epochs follow one another without end."""
     keep_freed_memory()
     torch.set_num_threads(1)
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(workers)}
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)  # warns of a rename that is torchrec's to follow
     overrides = [f"train.checkpoint_steps={NEVER}", "train.epochs=1000", *settings]

@@ -22,6 +22,7 @@ SHARDING = "table_wise"
 
 
 def main() -> None:
+    """Measure in turns and print."""
     parser = build_parser(__doc__)
     parser.add_argument("--data", help="an examples folder of planted.py; made in a temporary folder unless given")
     parser.add_argument("--batch", type=int, default=32_768, help="examples a step, both workers; default: %(default)s")
@@ -31,13 +32,14 @@ def main() -> None:
         folder = args.data or f"{scratch}/rows"
         if args.data is None:
             write_examples(Path(folder), rows, users, items, seed=0, processes=WORKERS)
-        settings = (f"stream.batch_examples={args.batch}", f'tables.sharding=["{SHARDING}"]')
+        settings = (f"stream.batch_examples={args.batch}",)
         share = args.batch // WORKERS
-        common = {"folder": folder, "port": free_port(), "workers": WORKERS}
+        streamed = {"run_folder": scratch, "port": free_port(), "processes": WORKERS, "settings": settings}
+        bare = {"port": free_port(), "batch": share, "sharding": SHARDING}
         with (
-            Segments(build_bare, **common, batch=share, sharding=SHARDING) as memory,
-            Segments(build_streamed, **(common | {"port": free_port()}), run_folder=scratch, settings=settings) as disk,
-            Segments(build_plain, workers=1, folder=folder, batch=share) as plain,
+            Segments(build_bare, workers=WORKERS, folder=folder, **bare) as memory,
+            Segments(build_streamed, workers=WORKERS, folder=folder, **streamed) as disk,
+            Segments(build_plain, folder=folder, batch=share) as plain,
         ):
             turns = interleave(
                 {

@@ -8,7 +8,7 @@ Names: `tables.TABLE`, `tables.TABLE.momentum`, `dense.PARAMETER`, `dense_optimi
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cluster.errors import DataError
-from embeddings.tables import load_tables, table_state
+from embeddings.tables import MOMENTUM, load_tables, one_a_row, table_state
 from training.step import Optimizers
 
 if TYPE_CHECKING:
@@ -34,13 +34,23 @@ def save_checkpoint(model: "DistributedModelParallel", optimizers: Optimizers, f
 
 
 def load_checkpoint(model: "DistributedModelParallel", optimizers: Optimizers, folder: Path) -> None:
-    """Collective. Load a checkpoint written by any number of workers, in place."""
+    """Collective. Load a checkpoint written by any number of workers, in place.
+
+    Accumulators of a table that was split into other columns are read whole and taken apart by `load_tables`.
+    """
+    state = training_state(model, optimizers)
+    saved = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     with _quiet():
-        dcp.load(training_state(model, optimizers), checkpoint_id=str(folder))
+        split_anew = {name for name, value in state.items() if _is_split_anew(name, value, saved.get(name))}
+        dcp.load({name: state[name] for name in state.keys() - split_anew}, checkpoint_id=str(folder))
+    load_state(model, optimizers, read_checkpoint(folder, split_anew))
 
 
-def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint whole, in this process alone. Raises `DataError` when it is not one."""
+def read_checkpoint(folder: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint whole, or those named, in this process alone; accumulators one a row.
+
+    Raises `DataError` when it is not one.
+    """
     reader = dcp.FileSystemReader(str(folder))
     try:
         described = reader.read_metadata().state_dict_metadata
@@ -49,11 +59,18 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     whole = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in described.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata) and (names is None or name in names)
     }
-    with _quiet():
-        dcp.load(whole, storage_reader=reader, no_dist=True)
-    return whole
+    if whole:
+        with _quiet():
+            dcp.load(whole, storage_reader=reader, no_dist=True)
+    return {name: one_a_row(value) if name.endswith(MOMENTUM) else value for name, value in whole.items()}
+
+
+def _is_split_anew(name: str, now: torch.Tensor, saved: object) -> bool:
+    if not name.endswith(MOMENTUM) or not isinstance(saved, TensorStorageMetadata):
+        return False
+    return saved.size != now.size() and saved.size[0] == now.size()[0]
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.examples.layout import permutation
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -82,8 +84,9 @@ class EpochOrder:
         return blocks
 
     def permutation(self, lane: int, block: int, rows: int) -> np.ndarray:
-        """Return the order of a block's rows, int64 [rows]."""
-        return np.random.default_rng((self._seed, self._epoch, lane, block)).permutation(rows)
+        """Return the order of a block's rows, int32 [rows]."""
+        seed = np.random.SeedSequence((self._seed, self._epoch, lane, block)).generate_state(1, np.uint64)[0]
+        return permutation(rows, seed)
 
     def _bounds(self, lane: int) -> tuple[int, int]:
         return self.rows * lane // self.lanes, self.rows * (lane + 1) // self.lanes

@@ -11,7 +11,6 @@ there are. What is yielded depends on the data, seed, epoch and step only (lanes
 """
 
 import contextlib
-import dataclasses
 import queue
 import threading
 import time
@@ -36,7 +35,7 @@ from training.examples.columns import (
     read_columns,
 )
 from training.examples.lanes import Block, EpochOrder
-from training.examples.layout import count_rows, lay_out
+from training.examples.layout import STRIDE, count_rows, lay_out, pack
 
 MAX_GROUP_ROWS = 1 << 22
 """Row groups are read whole; larger ones would break the bound on memory."""
@@ -159,27 +158,28 @@ class ExampleStream:
 
     def _lay_out_step(self, step: int, slices: "list[_Slice]") -> ExampleRows:
         skipped = np.zeros(len(REASONS), np.int64)
-        counts = [count_rows(one.columns.offset, one.columns.refused, one.rows, skipped) for one in slices]
+        counts = [count_rows(one.block.packed, one.rows, skipped) for one in slices]
         examples, history = sum(count[0] for count in counts), sum(count[1] for count in counts)
-        ids = np.empty(2 * examples + history, self._id_type)
+        ids = np.empty(2 * examples + history + STRIDE, self._id_type)
         length_B, label_B = np.empty(examples, np.int32), np.empty(examples, np.float32)
         place = np.zeros(2, np.int64)
         for one in slices:
-            c = one.columns
-            lay_out(
-                c.user_id, c.item_id, c.history, c.offset, c.label, c.refused, one.rows, ids, length_B, label_B, place
-            )
+            lay_out(one.block.packed, one.block.history, one.rows, ids, length_B, label_B.view(np.int32), place)
         return ExampleRows(
             step=step,
-            ids=ids,
+            ids=ids[: 2 * examples + history],
             history_length_B=length_B,
             label_B=label_B,
             global_examples=self._order.step_rows(step, self._config.rows_a_lane),
             skipped=skipped,
         )
 
-    def _read_block(self, block: Block) -> Columns:
-        return concatenate([self._read_group(p.group, p.first, p.last) for p in block.pieces])
+    def _read_block(self, block: Block) -> "_ReadBlock":
+        c = concatenate([self._read_group(p.group, p.first, p.last) for p in block.pieces])
+        packed = pack(c.user_id, c.item_id, c.offset, c.label, c.refused, self._id_type)
+        history = np.zeros(len(c.history) + STRIDE, self._id_type)
+        history[: len(c.history)] = c.history
+        return _ReadBlock(packed, history)
 
     def _read_group(self, group: int, first: int, last: int) -> Columns:
         part, index = self._groups[group]
@@ -196,20 +196,21 @@ class ExampleStream:
             columns = no_columns(part.group_rows[index])
         if self._config.bad_rows == "fail":
             assert_all_accepted(columns, where)
-        columns = cut(columns, first, last)
-        return dataclasses.replace(
-            columns,
-            user_id=columns.user_id.astype(self._id_type, copy=False),
-            item_id=columns.item_id.astype(self._id_type, copy=False),
-            history=columns.history.astype(self._id_type, copy=False),
-        )
+        return cut(columns, first, last)
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadBlock:
+    packed: np.ndarray
+    """As `layout.pack` lays rows out."""
+    history: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    columns: Columns
+    block: _ReadBlock
     rows: np.ndarray
-    """int64: which rows of the block, in order."""
+    """int32: which rows of the block, in order."""
 
 
 class _LaneReader:
@@ -219,7 +220,7 @@ class _LaneReader:
         self,
         order: EpochOrder,
         lane: int,
-        read: Callable[[Block], Columns],
+        read: Callable[[Block], _ReadBlock],
         pool: ThreadPoolExecutor,
         first_row: int,
     ) -> None:
@@ -229,33 +230,33 @@ class _LaneReader:
         self._number = int(np.searchsorted(starts, first_row, side="right")) - 1
         self._place = first_row - starts[self._number] if starts else 0
         self._ahead = self._submit(self._number)
-        self._columns: Columns | None = None
-        self._permutation = np.zeros(0, np.int64)
+        self._open_block: _ReadBlock | None = None
+        self._permutation = np.zeros(0, np.int32)
 
     def take(self, rows: int) -> list[_Slice]:
         """Return the lane's next rows; fewer at its end."""
         slices = []
         while rows and self._number < len(self._blocks):
-            if self._columns is None:
+            if self._open_block is None:
                 self._open()
-            assert self._columns is not None
+            assert self._open_block is not None
             count = min(rows, len(self._permutation) - self._place)
             if count:
-                slices.append(_Slice(self._columns, self._permutation[self._place : self._place + count]))
+                slices.append(_Slice(self._open_block, self._permutation[self._place : self._place + count]))
             self._place += count
             rows -= count
             if self._place == len(self._permutation):
-                self._columns, self._place, self._number = None, 0, self._number + 1
+                self._open_block, self._place, self._number = None, 0, self._number + 1
         return slices
 
     def _open(self) -> None:
         assert self._ahead is not None
         block = self._blocks[self._number]
-        self._columns = self._ahead.result()
+        self._open_block = self._ahead.result()
         self._permutation = self._order.permutation(self._lane, self._number, block.rows)
         self._ahead = self._submit(self._number + 1)
 
-    def _submit(self, number: int) -> "Future[Columns] | None":
+    def _submit(self, number: int) -> "Future[_ReadBlock] | None":
         return self._pool.submit(self._read, self._blocks[number]) if number < len(self._blocks) else None
 
 
