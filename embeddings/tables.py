@@ -4,30 +4,38 @@ In:  table sizes, a module that holds the tables.  Out: a DistributedModelParall
 Knows nothing of the model around the tables. TorchRec is imported on use: Ray drivers and servers never need it.
 
 Rows start at zero: an item is first what its text says, and its row learns the difference.
-The optimiser is row-wise Adagrad (one accumulator a row, `momentum`), the fused one that CPU and CUDA share.
+The optimiser is row-wise Adagrad (one accumulator a row, `momentum`), the fused one that CPU and CUDA share. Split by
+columns, a row has one accumulator a part, and another number of parts is another optimiser: from there on each part
+goes on from the mean of those before (`one_a_row`).
 """
 
+import contextlib
 import importlib.metadata
-import logging
+import socket
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cluster.errors import ConfigError, EngineError
+from cluster.errors import ConfigError, RecloopError
+from cluster.memory import free_memory
+from embeddings.plan import SHARDING_TYPES, TablePlan, plan_tables, sharders
 
 if TYPE_CHECKING:
+    from torch.distributed._shard.metadata import ShardMetadata
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 ITEM = "item"
 USER = "user"
+MOMENTUM = ".momentum"
+"""What follows a table's name in the name of its accumulators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,9 @@ class TablesConfig:
     """Rows kept free in each table for ids that appear after training."""
     memory_fraction: float = 0.8
     """Share of the machine's free memory that the planner may fill with tables."""
+    sharding: tuple[str, ...] = ("row_wise", "table_wise")
+    """What the planner may choose among (`embeddings/plan.py`); `column_wise` splits rows too, which then adapt in
+    parts."""
 
     def __post_init__(self) -> None:
         if self.dim < 4 or self.dim % 4:
@@ -52,6 +63,8 @@ class TablesConfig:
             raise ConfigError(f"tables.spare_rows={self.spare_rows}: must be 0 or more")
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"tables.memory_fraction={self.memory_fraction}: must be in (0, 1]")
+        if not self.sharding or not set(self.sharding) <= set(SHARDING_TYPES):
+            raise ConfigError(f"tables.sharding={list(self.sharding)}: must be some of {', '.join(SHARDING_TYPES)}")
 
 
 def device_type() -> str:
@@ -116,108 +129,152 @@ def build_lookup(rows_by_table: Mapping[str, torch.Tensor]) -> "KeyedJaggedTenso
 
 
 def shard(
-    module: nn.Module, config: TablesConfig, device: torch.device, *, batch_examples: int = 1
+    module: nn.Module,
+    config: TablesConfig,
+    device: torch.device,
+    *,
+    batch_examples: int = 1,
+    pooling: Mapping[str, float] | None = None,
 ) -> "DistributedModelParallel":
     """Collective. Plan and shard the module's tables over the default process group; the rest becomes DDP.
 
-    `batch_examples` is a worker's share of a batch, which the planner's estimates of time and memory start from.
+    `batch_examples` is a worker's share of a batch and `pooling` feature to ids an example (1 where it is silent): what
+    the planner's estimates of time and memory start from.
 
-    Raises `EngineError` naming the planner's reason when the tables do not fit.
+    Raises `ConfigError` where no sharding type is possible, `EngineError` where the tables do not fit.
     """
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
-    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-    from torchrec.distributed.types import ModuleSharder, ShardingType
 
-    workers = dist.get_world_size()
-    logging.getLogger("torchrec").setLevel(logging.ERROR)  # it explains itself at length at every plan
-    free_bytes = psutil.virtual_memory().available
-    topology = Topology(
-        world_size=workers,
-        local_world_size=workers,
-        compute_device=device.type,
-        ddr_cap=free_bytes // workers,
-    )
-    sharders = [
-        cast("ModuleSharder[nn.Module]", sharder())  # generic over its own module type
-        for sharder in (EmbeddingCollectionSharder, EmbeddingBagCollectionSharder)
-    ]
-    # Whole rows stay together, so that gathering and loading are by row.
-    by_row = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value])
-    constraints = {name: by_row for module in module.modules() for name in _tables_of(module)}
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_examples,
-        storage_reservation=FixedPercentageStorageReservation(percentage=1 - config.memory_fraction),
-        constraints=constraints,
-        debug=False,
-    )
-    try:
-        # Collective: rank 0 plans, the others receive the plan.
-        plan = planner.collective_plan(module, sharders, dist.GroupMember.WORLD)
-    except PlannerError as error:
-        raise EngineError(f"tables do not fit {workers} workers with {free_bytes:,} bytes free: {error}") from error
+    plan = _plan_together(module, config, device, batch_examples, pooling)
     with warnings.catch_warnings():
         # torchrec 1.8 passes DDP an argument that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        return DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
+        return DistributedModelParallel(module, device=device, plan=plan.sharding, sharders=sharders())
+
+
+def _plan_together(
+    module: nn.Module,
+    config: TablesConfig,
+    device: torch.device,
+    batch_examples: int,
+    pooling: Mapping[str, float] | None,
+) -> TablePlan:
+    """Collective. The first worker plans, for machines of the least memory a worker, and tells the others."""
+    workers = dist.get_world_size()
+    hbm_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    everyone = [("", 0, 0)] * workers
+    # Collective: who is where, and with how much memory.
+    dist.all_gather_object(everyone, (socket.gethostname(), free_memory(), hbm_bytes))
+    workers_on = Counter(host for host, _, _ in everyone)
+    workers_a_node = max(workers_on.values())
+    decided: list[TablePlan | RecloopError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decided[0] = plan_tables(
+                module,
+                config,
+                workers=workers,
+                workers_a_node=workers_a_node,
+                device=device.type,
+                batch_examples=batch_examples,
+                pooling=pooling,
+                free_bytes=min(free // workers_on[host] for host, free, _ in everyone) * workers_a_node,
+                hbm_bytes=min(hbm for _, _, hbm in everyone),
+            )
+        except RecloopError as error:  # for everyone
+            decided[0] = error
+    dist.broadcast_object_list(decided)  # collective: all shard by the same plan, or all raise
+    plan = decided[0]
+    if isinstance(plan, RecloopError):
+        raise plan
+    assert plan is not None  # the first worker has decided
+    return plan
+
+
+class Piece(NamedTuple):
+    """One worker's part of a table or of its accumulators."""
+
+    first_row: int
+    values: torch.Tensor
+    """[rows, columns]; of accumulators [rows], or [rows, 1] where the table is split by columns. Shares memory."""
+    first_column: int
+    """Of a table: its first column. Of accumulators: which part of the columns they belong to."""
 
 
 def table_state(sharded: "DistributedModelParallel") -> dict[str, torch.Tensor]:
-    """Return every table and its accumulator as `TABLE` and `TABLE.momentum`: sharded tensors that share memory."""
+    """Return every table and its accumulators as `TABLE` and `TABLE.momentum`: sharded tensors that share memory.
+
+    Accumulators are [rows], or [rows, parts] where the table is split by columns: each part of a row adapts by itself.
+    """
     names = {f"{name}.weight": name for name in _table_names(sharded)}
     state = {}
     for key, value in sharded.state_dict().items():
         if (table := names.get(".".join(key.split(".")[-2:]))) is not None:
             state[table] = value
     for key, accumulators in sharded.fused_optimizer.state_dict()["state"].items():
-        state[f"{names['.'.join(key.split('.')[-2:])]}.momentum"] = next(iter(accumulators.values()))
+        table = names[".".join(key.split(".")[-2:])]
+        state[f"{table}{MOMENTUM}"] = _by_parts(next(iter(accumulators.values())), state[table])
     return state
 
 
-def local_shards(sharded: "DistributedModelParallel") -> dict[str, list[tuple[int, torch.Tensor]]]:
-    """Return this worker's part of every table and accumulator as (first global row, local tensor).
-
-    The tensors are views: writing into them writes the table.
-    """
+def local_shards(sharded: "DistributedModelParallel") -> dict[str, list[Piece]]:
+    """Return this worker's part of every table and accumulator. Writing into a piece's values writes the table."""
     return {name: _pieces(value) for name, value in table_state(sharded).items()}
 
 
 @torch.no_grad()
 def gather_tables(sharded: "DistributedModelParallel", names: list[str]) -> dict[str, torch.Tensor]:
-    """Collective. Return whole tables (or accumulators) by name, on the CPU of every worker."""
+    """Collective. Return whole tables (or accumulators, one a row) by name, on the CPU of every worker."""
     pieces = local_shards(sharded)
-    mine = {name: [(first, part.cpu()) for first, part in pieces.get(name, [])] for name in names}
-    everyone: list[dict[str, list[tuple[int, torch.Tensor]]]] = [{} for _ in range(dist.get_world_size())]
+    mine = {name: [piece._replace(values=piece.values.cpu()) for piece in pieces.get(name, [])] for name in names}
+    everyone: list[dict[str, list[Piece]]] = [{} for _ in range(dist.get_world_size())]
     # Collective: every worker's rows travel to every worker.
     dist.all_gather_object(everyone, mine)
     whole = {}
     for name in names:
-        parts = {first: part for rank in everyone for first, part in rank[name] if part.numel()}
-        whole[name] = torch.cat([parts[first] for first in sorted(parts)])
+        columns: dict[int, dict[int, torch.Tensor]] = {}
+        for first_row, values, first_column in (piece for rank in everyone for piece in rank[name]):
+            if values.numel():
+                columns.setdefault(first_column, {})[first_row] = values
+        parts = [torch.cat([rows[first] for first in sorted(rows)]) for _, rows in sorted(columns.items())]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        whole[name] = one_a_row(joined) if name.endswith(MOMENTUM) else joined
     return whole
 
 
 @torch.no_grad()
 def load_tables(sharded: "DistributedModelParallel", whole: Mapping[str, torch.Tensor]) -> None:
-    """Copy this worker's rows out of whole tables (or accumulators); rows beyond a tensor's end stay as they are."""
+    """Copy this worker's part out of whole tables (or accumulators); rows beyond a tensor's end stay as they are.
+
+    Where a table is split by columns, every part of a row starts from the row's own accumulator.
+    """
     for name, parts in local_shards(sharded).items():
-        if name in whole:
-            for first, part in parts:
-                rows = whole[name][first : first + part.shape[0]]
-                part[: rows.shape[0]].copy_(rows)
+        if name not in whole:
+            continue
+        for first_row, values, first_column in parts:
+            rows = whole[name][first_row : first_row + values.shape[0]]
+            if name.endswith(MOMENTUM):
+                rows = one_a_row(rows).view(-1, *[1] * (values.dim() - 1))
+            else:
+                rows = rows[:, first_column : first_column + values.shape[1]]
+            values[: rows.shape[0]].copy_(rows)
+
+
+def one_a_row(accumulators: torch.Tensor) -> torch.Tensor:
+    """Return whole accumulators, [rows] or [rows, parts], as one a row: the mean over the row's equal parts.
+
+    From one step's gradient that is what the row, not split, would have gathered: a mean of squares over its columns.
+    """
+    return accumulators.mean(1) if accumulators.dim() == 2 else accumulators
 
 
 @torch.no_grad()
-def reset_rows(pieces: Mapping[str, list[tuple[int, torch.Tensor]]], table: str, rows: torch.Tensor) -> None:
+def reset_rows(pieces: Mapping[str, list[Piece]], table: str, rows: torch.Tensor) -> None:
     """Make rows start fresh, with their accumulators; `pieces` are this worker's, from `local_shards`."""
-    for name in (table, f"{table}.momentum"):
-        for first, part in pieces.get(name, []):
-            local = rows[(rows >= first) & (rows < first + part.shape[0])] - first
-            part.index_fill_(0, local.to(part.device), 0.0)
+    for name in (table, f"{table}{MOMENTUM}"):
+        for first_row, values, _ in pieces.get(name, []):
+            local = rows[(rows >= first_row) & (rows < first_row + values.shape[0])] - first_row
+            values.index_fill_(0, local.to(values.device), 0.0)
 
 
 def _is_installed(distribution: str) -> bool:
@@ -229,29 +286,50 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _table_names(sharded: nn.Module) -> list[str]:
-    return [name for module in sharded.modules() for name in _tables_of(module)]
-
-
-def _tables_of(module: nn.Module) -> list[str]:
     from torchrec.distributed.embedding import ShardedEmbeddingCollection
     from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-    from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-    if isinstance(module, EmbeddingCollection):
-        return [config.name for config in module.embedding_configs()]
-    if isinstance(module, EmbeddingBagCollection):
-        return [config.name for config in module.embedding_bag_configs()]
-    if isinstance(module, ShardedEmbeddingCollection | ShardedEmbeddingBagCollection):
-        return module._table_names
-    return []
+    kinds = (ShardedEmbeddingCollection, ShardedEmbeddingBagCollection)
+    return [name for module in sharded.modules() if isinstance(module, kinds) for name in module._table_names]
 
 
-def _pieces(value: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    with warnings.catch_warnings():
-        # torchrec 1.8 still shards with ShardedTensor, which torch 2.13 deprecates on every access.
-        warnings.simplefilter("ignore", FutureWarning)
+def _by_parts(accumulators: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return accumulators as [rows, parts] where TorchRec has laid the parts of the columns out end to end."""
+    with _quiet_sharded_tensor():
+        from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+
+        rows = table.shape[0]
+        if not isinstance(accumulators, ShardedTensor) or accumulators.shape[0] == rows:
+            return accumulators
+        described = accumulators.metadata()
+        whole = replace(
+            described,
+            size=torch.Size([rows, accumulators.shape[0] // rows]),
+            shards_metadata=[_beside(one, rows) for one in described.shards_metadata],
+        )
+        shards = [Shard(s.tensor.unsqueeze(1), _beside(s.metadata, rows)) for s in accumulators.local_shards()]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            shards, sharded_tensor_metadata=whole, process_group=accumulators._process_group
+        )
+
+
+def _beside(described: "ShardMetadata", rows: int) -> "ShardMetadata":
+    return replace(described, shard_offsets=[0, described.shard_offsets[0] // rows], shard_sizes=[rows, 1])
+
+
+def _pieces(value: torch.Tensor) -> list[Piece]:
+    with _quiet_sharded_tensor():
         from torch.distributed._shard.sharded_tensor import ShardedTensor
 
         if isinstance(value, ShardedTensor):
-            return [(s.metadata.shard_offsets[0], s.tensor) for s in value.local_shards()]
-    return [(0, value)]
+            offsets = [(shard.metadata.shard_offsets, shard.tensor) for shard in value.local_shards()]
+            return [Piece(at[0], tensor, at[1] if len(at) > 1 else 0) for at, tensor in offsets]
+    return [Piece(0, value, 0)]
+
+
+@contextlib.contextmanager
+def _quiet_sharded_tensor() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torchrec 1.8 still shards with ShardedTensor, which torch 2.13 deprecates on every access.
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

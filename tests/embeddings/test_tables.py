@@ -3,6 +3,8 @@
 Lookup, steps and resharding over two workers: tests/training/test_step.py and test_checkpoint.py.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -54,9 +56,9 @@ def test_rows_beyond_a_shorter_table_stay_as_they_are() -> None:
 @pytest.mark.usefixtures("process_group")
 def test_writing_into_a_local_shard_writes_the_table() -> None:
     sharded = shard(Holder({"item": 5}), TablesConfig(dim=4), CPU)
-    ((first_row, part),) = local_shards(sharded)["item"]
-    part[3] = 2.0
-    assert first_row == 0
+    (piece,) = local_shards(sharded)["item"]
+    piece.values[3] = 2.0
+    assert (piece.first_row, piece.first_column) == (0, 0)
     assert gather_tables(sharded, ["item"])["item"][:, 0].tolist() == [0, 0, 0, 2, 0]
 
 
@@ -74,8 +76,10 @@ def test_tables_larger_than_memory_are_an_error_that_says_so() -> None:
         ({"learning_rate": 0.0}, "tables.learning_rate=0.0"),
         ({"spare_rows": -1}, "tables.spare_rows=-1"),
         ({"memory_fraction": 1.5}, "tables.memory_fraction=1.5"),
+        ({"sharding": ()}, "tables.sharding=\\[\\]: must be some of row_wise, table_wise, column_wise"),
+        ({"sharding": ("data_parallel",)}, "tables.sharding=\\['data_parallel'\\]: must be some of row_wise"),
     ],
 )
-def test_settings_out_of_range_are_refused(setting: dict[str, float], message: str) -> None:
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TablesConfig(**setting)
