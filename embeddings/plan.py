@@ -51,7 +51,7 @@ class TableShard:
     """Whether the worker's host holds it, and not its GPU."""
 
     @property
-    def table_bytes(self) -> int:
+    def weight_bytes(self) -> int:
         """Of its float32 weights."""
         return self.rows * self.columns * _VALUE_BYTES
 

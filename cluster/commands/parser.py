@@ -34,7 +34,20 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = _Parser(prog="recloop", description="A recommender that learns while it serves.", epilog=EXIT_CODES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", title="commands")
-    for add in (_prepare, _examples, _train, _evaluate, _publish, _serve, _replay, _demo, _versions, _events, _status):
+    for add in (
+        _prepare,
+        _examples,
+        _plan,
+        _train,
+        _evaluate,
+        _publish,
+        _serve,
+        _replay,
+        _demo,
+        _versions,
+        _events,
+        _status,
+    ):
         _add_common_flags(add(commands))
     return parser
 
@@ -106,6 +119,23 @@ def _examples(commands: Commands) -> _Parser:
     ids = "rows: numbered by frequency, for tables of fixed size; any: digests, for dynamic ones; default: %(default)s"
     parser.add_argument("--ids", choices=["rows", "any"], default="rows", help=ids)
     parser.add_argument("--seed", metavar="N", type=_natural, default=0, help="of the negatives; default: %(default)s")
+    return parser
+
+
+def _plan(commands: Commands) -> _Parser:
+    summary = "show which worker would hold what, and whether memory suffices, before anything starts"
+    parser = _command(
+        commands,
+        "plan",
+        "training.plan:run",
+        summary,
+        "--recipe clicks --data data/rows --workers 2",
+        "--recipe clicks --data s3://bucket/rows --workers 16 --machines 4 --json",
+    )
+    _add_data_flag(parser)
+    _add_workers_flag(parser)
+    machines = "like this one, over which the workers are spread; default: %(default)s"
+    parser.add_argument("--machines", metavar="N", type=_positive, default=1, help=machines)
     return parser
 
 

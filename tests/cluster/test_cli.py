@@ -18,6 +18,7 @@ from cluster.registry import Registry
 COMMANDS = (
     "prepare",
     "examples",
+    "plan",
     "train",
     "evaluate",
     "publish",

@@ -17,6 +17,8 @@ from cluster.ray_session import find_free_port
 from embeddings.plan import TablePlan, columns_a_part, plan_tables
 from embeddings.tables import TablesConfig, build_bags, build_tables
 
+from .split_program import DIM, Model
+
 PROGRAM = Path(__file__).with_name("split_program.py")
 MB = 1_000_000
 
@@ -77,14 +79,14 @@ def test_parts_by_columns_are_equal_and_whole_fours(dim: int, workers: int, colu
 
 def test_a_part_costs_its_weights_an_accumulator_a_row_and_what_a_step_looks_up() -> None:
     ((shard,),) = (table.shards for table in plan(bags(user=1000), workers=1, pooling={"user": 3.0}).tables)
-    assert shard.table_bytes == 1000 * 32 * 4
+    assert shard.weight_bytes == 1000 * 32 * 4
     assert shard.optimizer_bytes == 1000 * 4
     assert shard.lookup_bytes == 100 * (3 * 8 + 32 * 4)  # 100 examples: three ids of 8 bytes in, one vector out
 
 
 def test_split_by_columns_every_part_has_its_own_accumulators() -> None:
     (table,) = plan(bags(user=1000), "column_wise").tables
-    assert [(s.table_bytes, s.optimizer_bytes) for s in table.shards] == [(1000 * 16 * 4, 4000)] * 2
+    assert [(s.weight_bytes, s.optimizer_bytes) for s in table.shards] == [(1000 * 16 * 4, 4000)] * 2
 
 
 def test_shards_of_a_worker_are_those_it_holds() -> None:
@@ -179,6 +181,28 @@ def test_one_step_on_two_workers_is_row_wise_adagrad_on_each_part_of_a_row(
     # Σ (c + 1)² / 8 = 204 / 8; a row looked up twice has twice the gradient
     assert state["user.momentum"].tolist() == [25.5, 0, 102, 0, 0, 25.5]
     assert state["item.momentum"].tolist() == [25.5, 102, 0, 0, 25.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sharding"), [("rows", "row_wise"), ("bags", "table_wise"), ("bags", "column_wise")])
+def test_training_puts_tables_where_the_plan_says(run_split: Run, tmp_path: Path, kind: str, sharding: str) -> None:
+    run_split(kind, sharding, workers=2)
+    held = {
+        (name, rank, first_row, shape[0], first_column, shape[1])
+        for rank in range(2)
+        for name, first_row, first_column, shape in parts_on(tmp_path / f"{kind}-{sharding}-2", rank)
+        if not name.endswith("momentum")
+    }
+    planned = plan_tables(
+        Model(kind),
+        TablesConfig(dim=DIM, sharding=(sharding,)),
+        workers=2,
+        workers_a_node=2,
+        device="cpu",
+        batch_examples=4,
+        free_bytes=1000 * MB,
+    )
+    assert held == {(name, *place) for name, parts in places(planned).items() for place in parts}
 
 
 @pytest.mark.slow

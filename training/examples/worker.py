@@ -38,6 +38,7 @@ from training.examples.checkpoints import (
     read_arrays,
 )
 from training.examples.columns import REASONS
+from training.examples.footprint import ids_an_example
 from training.examples.rows import build_rows
 from training.examples.stream import Background, ExampleRows, ExampleStream, StreamConfig
 from training.models.click import ClickConfig, build_click_model
@@ -80,6 +81,7 @@ class ExamplesTrainer:
             batch_examples=self.stream.batch_examples,
             device=self.device,
             seed=self.config.seed,
+            pooling=ids_an_example(examples, self.stream),
         )
         self.optimizers = Optimizers(self.model, self.config.step())
         self.writer = CheckpointWriter(folder / CHECKPOINTS_FOLDER, keep=self.config.keep_checkpoints)

@@ -103,15 +103,16 @@ def build_click_model(
     batch_examples: int,
     device: torch.device,
     seed: int,
+    pooling: Mapping[str, float] | None = None,
 ) -> "DistributedModelParallel":
     """Collective. Return the sharded model, initialised alike for any number of workers.
 
-    `batch_examples` is the whole batch, over all workers.
+    `batch_examples` is the whole batch, over all workers; `pooling` is feature to ids an example, for the planner.
     """
     torch.manual_seed(seed)
     dense = ClickDense(model, tables.dim).to(device)
     bags = build_bags(rows, FEATURES, tables.dim, tables.learning_rate)
     share = -(-batch_examples // dist.get_world_size())
-    sharded = shard(ClickModel(bags, dense), tables, device, batch_examples=share)
+    sharded = shard(ClickModel(bags, dense), tables, device, batch_examples=share, pooling=pooling)
     torch.manual_seed(seed + 1 + dist.get_rank())
     return sharded
