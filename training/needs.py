@@ -15,8 +15,10 @@ Bytes of a worker, all at once in the worst case:
     process            Python, torch, TorchRec, Ray, compiled kernels       measured once
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ from embeddings.tables import ITEM, USER, TablesConfig, build_bags, build_tables
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.examples.footprint import ids_an_example, stream_footprint
 from training.examples.stream import StreamConfig
-from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
+from training.inputs import build_item_vocabulary, build_user_vocabulary
 from training.models.click import ClickConfig, ClickDense, ClickModel
 from training.models.recommender import Recommender
 from training.models.two_stage import ModelConfig, TwoStage
@@ -47,6 +49,9 @@ RAY_BYTES = 1330 << 20
 """Of a machine beside the workers: a private Ray's own processes and Ray Train's, shared pages counted once."""
 _ADAMW_COPIES, _CHECKPOINT_COPIES = 5, 3
 """Of a dense parameter: itself, gradient, bucket and two moments; itself and the moments."""
+_EVENT_BYTES = 240
+"""Of an interaction in every worker of the two-stage recommender: its columns, and histories with and without the
+validation's share."""
 _ID_ENTRY_BYTES = 48
 """Of a row or a pending id in its id table: two slots of key and place, id and use."""
 _ID_STATE_BYTES = {"row": 16, "pending": 12}
@@ -127,13 +132,14 @@ def click_job(recipe: Recipe, examples: Examples, workers: int) -> Job:
 def two_stage_job(recipe: Recipe, dataset: Dataset, workers: int, home: Home) -> Job:
     """Return the two-stage recommender's job: every worker holds the interactions and the items' text vectors."""
     tables = recipe.section(TablesConfig)
-    events = training_events(dataset, recipe.section(DataConfig))
+    events = dataset.events(["kind", "user_id"])  # of the columns, what vocabularies are built from
+    events = events.slice(0, int(len(events) * recipe.section(DataConfig).train_fraction))
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
-    text_dim = TextEncoder(recipe.section(EncoderConfig), home.cache).dim
+    text_dim = _text_dim(TextEncoder(recipe.section(EncoderConfig), home.cache))
     with torch.device("meta"):
         dense = TwoStage(recipe.section(ModelConfig), tables.dim, text_dim)
     rows = {ITEM: items.capacity, USER: users.capacity}
-    held_bytes = 3 * events.nbytes + 4 * text_dim * len(items)  # events, histories with and without validation, text
+    held_bytes = _EVENT_BYTES * len(events) + 4 * text_dim * len(items)
     return Job(
         module=Recommender(build_tables(rows, tables.dim, tables.learning_rate), dense),
         batch_examples=1,
@@ -142,6 +148,12 @@ def two_stage_job(recipe: Recipe, dataset: Dataset, workers: int, home: Home) ->
         ids_bytes=(0,) * workers,
         gathers=True,
     )
+
+
+def _text_dim(encoder: TextEncoder) -> int:
+    """Return the length of a text's vector; of a model at hand without importing its library, which takes a second."""
+    described = Path(encoder.location) / "config.json"
+    return int(json.loads(described.read_text())["hidden_size"]) if described.exists() else encoder.dim
 
 
 def id_tables_bytes(config: IdsConfig, worker: int, workers: int) -> int:
