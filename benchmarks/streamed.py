@@ -25,7 +25,14 @@ SETTLING_STEPS = 8
 
 
 def build_streamed(
-    rank: int, *, folder: str, run_folder: str, port: int, processes: int, settings: Sequence[str] = ()
+    rank: int,
+    *,
+    folder: str,
+    run_folder: str,
+    port: int,
+    processes: int,
+    settings: Sequence[str] = (),
+    checkpoint_every: int = NEVER,
 ) -> Run:
     """Collective. Build the trainer and return what runs a segment; epochs follow one another without end."""
     keep_freed_memory()
@@ -34,7 +41,7 @@ def build_streamed(
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)  # warns of a rename that is torchrec's to follow
-    overrides = [f"train.checkpoint_steps={NEVER}", "train.epochs=1000", *settings]
+    overrides = [f"train.checkpoint_steps={checkpoint_every}", "train.epochs=1000", *settings]
     Path(run_folder).mkdir(parents=True, exist_ok=True)
     trainer = ExamplesTrainer(
         load_examples(folder), load_recipe("clicks", overrides), Path(run_folder), torch.device("cpu")

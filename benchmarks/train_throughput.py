@@ -1,4 +1,4 @@
-"""How much of the speed of tensors ready in memory is left when examples stream from Parquet on disk?
+"""How much of the speed of tensors in memory is left when examples stream from Parquet on disk?
 
     python -m benchmarks.train_throughput [--quick] [--data DIR]
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.bare_torchrec import build_bare, free_port
 from benchmarks.harness import build_check, build_parser, interleave, print_result
-from benchmarks.plain_torch import build_plain
+from benchmarks.plain_torch import YIELDING, build_plain
 from benchmarks.planted import write_examples
 from benchmarks.segments import Segments
 from benchmarks.streamed import build_streamed
@@ -39,7 +39,7 @@ def main() -> None:
         with (
             Segments(build_bare, workers=WORKERS, folder=folder, **bare) as memory,
             Segments(build_streamed, workers=WORKERS, folder=folder, **streamed) as disk,
-            Segments(build_plain, folder=folder, batch=share) as plain,
+            Segments(build_plain, folder=folder, batch=args.batch, environment=YIELDING) as plain,
         ):
             turns = interleave(
                 {

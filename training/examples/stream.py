@@ -11,7 +11,9 @@ there are. What is yielded depends on the data, seed, epoch and step only (lanes
 """
 
 import contextlib
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,7 +146,8 @@ class ExampleStream:
 
     def _lay_out(self, first_step: int) -> Iterator[ExampleRows]:
         rows_a_lane = self._config.rows_a_lane
-        with ThreadPoolExecutor(self._config.decode_threads, thread_name_prefix="decode") as pool:
+        threads = self._config.decode_threads
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=yield_to_steps) as pool:
             readers = [
                 _LaneReader(self._order, lane, self._read_block, pool, first_row=first_step * rows_a_lane)
                 for lane in self._lanes
@@ -260,6 +263,13 @@ class _LaneReader:
         return self._pool.submit(self._read, self._blocks[number]) if number < len(self._blocks) else None
 
 
+def yield_to_steps() -> None:
+    """Give this thread a lower priority than the one that trains: reading ahead is for moments when that one waits."""
+    if sys.platform == "linux":  # a thread has a priority of its own on Linux alone
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
+
+
+READER_NICENESS = 10
 EXIT_PATIENCE_S = 10.0
 """How long leaving waits for a thread: one that waits for another worker may wait for ever, and must not hold the error
 back that made this one leave. It is a daemon: it ends with the process."""
@@ -295,6 +305,7 @@ class Background(Generic[Item]):
             yield item  # pyright: ignore[reportReturnType]  # what `start` yields
 
     def _run(self) -> None:
+        yield_to_steps()
         items = self._start()
         try:
             for item in items:
