@@ -1,7 +1,7 @@
 """Does one epoch of 10⁹ interactions run on this machine at a flat speed, in bounded memory, and learn?
 
-    python -m benchmarks.planted --rows 1e9 --users 1e7 --items 1e6 --out DIR     (some minutes, 19 GB)
-    python -m benchmarks.billion --data DIR --home HOME                           (the same command goes on after a stop)
+    python -m benchmarks.planted --rows 1e9 --users 1e7 --items 1e6 --out DIR     (minutes, 19 GB)
+    python -m benchmarks.billion --data DIR --home HOME                           (goes on after a stop, too)
 
 `recloop train` itself, with two workers and a checkpoint a minute; bounded by the lookups of the worker that holds the
 item table. The ceiling is the bare loop of train_throughput.py; the optimum is the AUC of the true probabilities.
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def train(folder: str, home: Path, settings: list[str]) -> tuple[dict[str, Any], int]:
-    """Run `recloop train` to its end, going on with an unfinished run of this home; return its result and peak bytes."""
+    """Run `recloop train`, or go on with this home's unfinished run; return its result and the peak bytes."""
     unfinished = [run for run in sorted(home.glob("runs/clicks-*")) if not (run / "run.json").exists()]
     overrides = [word for setting in settings for word in ("--set", setting)]
     which = ["--resume", str(unfinished[-1])] if unfinished else []
