@@ -1,7 +1,7 @@
 """External ids to table rows, one to one.
 
 In:  external ids (strings).  Out: rows (int64), -1 for an id that has none.
-Knows nothing of what a row holds. Rows are handed out in order of first sight and are never reused here.
+Knows nothing of what a row holds, nor which id should give its row up. Rows are handed out in order of first sight.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -54,3 +54,14 @@ class Vocabulary:
         self.ids.append(external)
         self._row_of[external] = row
         return row
+
+    def reuse(self, row: int, external: str) -> None:
+        """Give a row in use to another id; the one that had it has none from here on.
+
+        Raises ValueError when the new id has a row already.
+        """
+        if external in self._row_of:
+            raise ValueError(f"id {external!r} has row {self._row_of[external]} already")
+        del self._row_of[self.ids[row]]
+        self.ids[row] = external
+        self._row_of[external] = row

@@ -43,3 +43,12 @@ def test_repeated_ids_and_too_many_are_refused() -> None:
         Vocabulary(["a", "a"], capacity=5)
     with pytest.raises(ValueError, match="2 ids do not fit into 1 rows"):
         Vocabulary(["a", "b"], capacity=1)
+
+
+def test_a_reused_row_belongs_to_the_new_id_alone() -> None:
+    vocabulary = Vocabulary(["a", "b"], capacity=2)
+    vocabulary.reuse(0, "c")
+    assert [vocabulary.row(external) for external in ("a", "b", "c")] == [UNKNOWN_ROW, 1, 0]
+    assert vocabulary.ids == ["c", "b"]
+    with pytest.raises(ValueError, match="has row 1 already"):
+        vocabulary.reuse(0, "b")

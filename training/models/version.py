@@ -11,11 +11,11 @@ Knows nothing of how it was learned or how it is served.
     recipe.toml            the resolved recipe
 
 A delta has the same files less history and recipe; its row tensors come in pairs, NAME.index and NAME.value, its
-items and users are those that are new and follow the ones before.
+items and users are those that are new and follow the ones before. A user with a `row` takes over that row instead.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +61,8 @@ class Change:
     optimizer_rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     dense: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
+    reused_users: Mapping[int, str] = field(default_factory=dict)
+    """Rows that belong to another user from here on."""
 
 
 class Draft(Protocol):
@@ -96,7 +98,7 @@ def write_delta(draft: Draft, change: Change) -> None:
     draft.add_tensors("dense", change.dense)
     draft.add_tensors("optimizer", {**change.optimizer, **_pairs(change.optimizer_rows)})
     draft.add_table("items", _items_table(change.new_items))
-    draft.add_table("users", pa.table({"user_id": pa.array(change.new_users, pa.string())}))
+    draft.add_table("users", _users_table(change))
 
 
 def read_version(registry: Registry, ref: VersionRef, *, with_optimizer: bool = False) -> VersionState:
@@ -122,6 +124,12 @@ def read_version(registry: Registry, ref: VersionRef, *, with_optimizer: bool = 
 def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
     """Return the state after a delta; the state before stays as it is."""
     items = reader.table("items")
+    user_ids = list(state.user_ids)
+    for user in reader.table("users").to_pylist():
+        if user.get("row") is None:
+            user_ids.append(user["user_id"])
+        else:
+            user_ids[user["row"]] = user["user_id"]
     dense = reader.tensors("dense")
     optimizer: Mapping[str, torch.Tensor] = {}
     if state.optimizer:
@@ -132,7 +140,7 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
         learned_seq=reader.manifest.last_seq,
         item_ids=[*state.item_ids, *items["item_id"].to_pylist()],
         item_texts=[*state.item_texts, *items["text"].to_pylist()],
-        user_ids=[*state.user_ids, *reader.table("users")["user_id"].to_pylist()],
+        user_ids=user_ids,
         rows=_apply_pairs(state.rows, reader.tensors("rows")),
         dense=dense,
         optimizer=optimizer,
@@ -177,6 +185,12 @@ def grow_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
     grown = rows.new_zeros((size, *rows.shape[1:]))
     grown[: rows.shape[0]] = rows
     return grown
+
+
+def _users_table(change: Change) -> pa.Table:
+    user_ids = [*change.new_users, *change.reused_users.values()]
+    rows = [*(None for _ in change.new_users), *change.reused_users]
+    return pa.table({"user_id": pa.array(user_ids, pa.string()), "row": pa.array(rows, pa.int64())})
 
 
 def _items_table(items: Sequence[tuple[str, str]]) -> pa.Table:

@@ -11,12 +11,17 @@ points. What the guard objects to is undone and its range set aside on record: a
 anyone is served by it; learning that predicts worse than the base, back to the delta before the window that shows it.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from cluster.config import Recipe
@@ -127,7 +132,8 @@ class OnlineLearner:
         self.guard = ProgressiveValidation(self.guard_config)
         self._good = deque([(ref, 0)])
         self.history_table = self.registry.open_version(ref.version).table("history")
-        self._rehearsal = build_history(self.history_table, self.live.items, self.live.users)
+        has_row = pc.is_in(self.history_table["user_id"], pa.array(self.live.users.ids, pa.string()))
+        self._rehearsal = build_history(self.history_table.filter(has_row), self.live.items, self.live.users)
         self._rehearsed = np.setdiff1d(np.arange(len(self._rehearsal)), self._rehearsal.starts)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
         self._item_seq = 0
@@ -329,7 +335,9 @@ class OnlineLearner:
         if self.config.rehearsal_sequences and len(self._rehearsed):
             targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
             windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)
-            sequences = join_sequences(sequences, build_sequences(self._rehearsal, windows))
+            old = build_sequences(self._rehearsal, windows)
+            old.user_row_B[np.isin(old.user_row_B, list(self.live.reused_rows))] = PAD  # somebody else's by now
+            sequences = join_sequences(sequences, old)
         sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data.negative_power)
         negatives = sampler.draw(self.data.negatives, self._rng)
         loss_scale = float((sequences.target_row_BL != PAD).sum() / self.config.batch_targets)

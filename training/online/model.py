@@ -62,10 +62,13 @@ class LiveModel:
             ITEM: grow_rows(state.rows[ITEM_ROWS], self.items.capacity).to(device),
             USER: grow_rows(state.rows[USER_ROWS], self.users.capacity).to(device),
         }
+        self.reused_rows: set[int] = set()
+        """User rows that have changed hands since the version was taken up."""
         self.mark_published()
 
     def mark_published(self) -> None:
         """Count changes from here on."""
+        self._reused_users: dict[int, str] = {}
         self._published_items, self._published_users = len(self.items), len(self.users)
         self._touched_items: set[int] = set()
         self._touched_users: set[int] = set()
@@ -82,16 +85,38 @@ class LiveModel:
         self._described.add(row)
 
     def count(self, item_id: str, user_id: str) -> None:
-        """Note one interaction, giving the user a row on first sight while the table has room.
+        """Note one interaction, giving the user a row on first sight: a free one, or the one that has learned least.
 
         An item gets its row when it is described: an id that only feedback names is in no catalogue.
         """
         item_row, user_row = self.items.row(item_id), self.users.assign(user_id)
+        if user_row == UNKNOWN_ROW:
+            user_row = self._reuse_row(user_id)
         if item_row != UNKNOWN_ROW:
             self.counts[item_row] += 1
             self._touched_items.add(item_row)
         if user_row != UNKNOWN_ROW:
             self._touched_users.add(user_row)
+
+    @torch.no_grad()
+    def _reuse_row(self, user_id: str) -> int:
+        """Start the row that has learned least afresh for a new user, if any was left unused since the last delta.
+
+        How much a row has learned is its accumulator, the sum of its squared gradients: a frequency that is saved with
+        every version.
+        """
+        momentum = self._rows[f"{USER}.momentum"]
+        learned = momentum.clone()
+        learned[list(self._touched_users)] = float("inf")
+        row = int(learned.argmin())
+        if learned[row] == float("inf"):
+            return UNKNOWN_ROW
+        for tensor in (self._rows[USER], momentum, self._base_rows[USER]):
+            tensor[row] = 0.0
+        self.users.reuse(row, user_id)
+        self._reused_users[row] = user_id
+        self.reused_rows.add(row)
+        return row
 
     def learn(self, batch: Batch, loss_scale: float) -> Losses:
         """Take one train step."""
@@ -126,6 +151,7 @@ class LiveModel:
         return Change(
             new_items=[(self.items.ids[row], self.item_texts[row]) for row in new_items],
             new_users=self.users.ids[self._published_users :],
+            reused_users=dict(self._reused_users),
             rows={
                 ITEM_ROWS: (items, rows[ITEM][items]),
                 USER_ROWS: (users, rows[USER][users]),

@@ -378,7 +378,7 @@ def test_new_items_and_users_are_in_the_delta_and_served_after_it(open_loop):
     assert_same_state(loop.open_learner(), loop.learner)
 
 
-def test_full_tables_ignore_new_ids_and_learning_goes_on(open_loop):
+def test_full_tables_ignore_new_items_and_hand_users_rows_on_and_learning_goes_on(open_loop):
     loop = open_loop("tables.spare_rows=0")
     loop.log.put_items([Item(item_id="put", text="no room")])
     newcomers = [Event(user_id="stranger", item_id=item, kind="click", ts_us=1) for item in ("put", "i3", "new", "i4")]
@@ -386,7 +386,8 @@ def test_full_tables_ignore_new_ids_and_learning_goes_on(open_loop):
     assert loop.ranges() == [(1, 10)]
     after = ServedModel.load(loop.registry, VersionRef(1, 1))
     assert after.item_count == loop.tiny.ITEMS
-    assert "stranger" not in after.user_row
+    assert "stranger" in after.user_row
+    assert len(after.user_row) == loop.tiny.USERS
     assert loop.learner.guard.metrics()["events"] == 7  # i4 of the stranger and six of those that are known
 
 
