@@ -36,6 +36,14 @@ def write_parts(folder: Path, parts: Sequence[pa.Table], *, group_rows: int = 7,
     return load_examples(str(folder))
 
 
+def bad_table(column: str, value: object, kind: pa.DataType | None = None) -> pa.Table:
+    """Ten numbered rows, of which row 4 has this value."""
+    table = numbered_table(0, 10)
+    values = table[column].to_pylist()
+    values[4] = value
+    return table.set_column(table.column_names.index(column), column, pa.array(values, kind or pa.float32()))
+
+
 @pytest.fixture
 def write_numbered(tmp_path: Path) -> Callable[..., Examples]:
     """Write parts of so many numbered rows each."""

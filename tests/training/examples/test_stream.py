@@ -13,7 +13,7 @@ from cluster.examples import Examples, load_examples
 from training.examples.columns import BEYOND, MISSING, NO_ROW, NOT_A_LABEL, REASONS, UNREADABLE, Limits
 from training.examples.stream import Background, ExampleRows, ExampleStream, StreamConfig
 
-from .conftest import ITEMS, USERS, numbered_table, write_parts
+from .conftest import ITEMS, USERS, bad_table, numbered_table, write_parts
 
 Row = tuple[int, int, tuple[int, ...], float]
 LIMITS = Limits(USERS, ITEMS)
@@ -100,13 +100,6 @@ def test_empty_parts_change_nothing(write_numbered: Callable[..., Examples]) -> 
 def test_ids_without_limit_are_64_bit(write_numbered: Callable[..., Examples]) -> None:
     shares = read(stream_of(write_numbered(10), limits=Limits(None, None)))
     assert {share.ids.dtype for share in shares} == {np.dtype(np.int64)}
-
-
-def bad_table(column: str, value: object, kind: pa.DataType) -> pa.Table:
-    table = numbered_table(0, 10)
-    values = table[column].to_pylist()
-    values[4] = value
-    return table.set_column(table.column_names.index(column), column, pa.array(values, kind))
 
 
 BAD = {

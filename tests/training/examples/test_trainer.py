@@ -1,6 +1,7 @@
 """Training on an examples folder, by real gloo processes: resuming, resharding, crashing, changed data."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,14 @@ import torch
 from cluster.examples import Examples, load_examples
 from cluster.ray_session import find_free_port
 from training.checkpoint import read_checkpoint
-from training.examples.checkpoints import MANIFEST, SavedCheckpoint, checkpoint_folders, read_arrays
+from training.examples.checkpoints import (
+    MANIFEST,
+    SavedCheckpoint,
+    checkpoint_folders,
+    newest_checkpoint,
+    read_arrays,
+    worker_file,
+)
 
 from .conftest import USERS, numbered_table, write_parts
 
@@ -68,7 +76,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """Return the data and the run of one worker that nothing happened to."""
     root = tmp_path_factory.mktemp("uninterrupted")
     write(root / "rows")
-    run_workers(load(root / "rows"), root / "run", workers=1)
+    run_workers(load_examples(str(root / "rows")), root / "run", workers=1)
     return root / "rows", root / "run"
 
 
@@ -76,10 +84,6 @@ def write(folder: Path) -> Examples:
     examples = write_parts(folder, [numbered_table(0, 90), numbered_table(90, ROWS - 90)])
     pq.write_table(numbered_table(1000, 37), folder / "heldout.parquet", row_group_size=10)
     return examples
-
-
-def load(folder: Path) -> Examples:
-    return load_examples(str(folder))
 
 
 def test_a_run_counts_every_example_of_every_epoch(uninterrupted: tuple[Path, Path]) -> None:
@@ -97,11 +101,12 @@ def test_the_newest_checkpoints_stay(uninterrupted: tuple[Path, Path]) -> None:
     assert [one.name[-2:] for one in checkpoint_folders(run / "checkpoints")] == ["14", "12", "08"]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_ends_as_if_it_had_not(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     rows, whole = uninterrupted
-    run_workers(load(rows), tmp_path, workers=1, dies_after_steps=4)
+    run_workers(load_examples(str(rows)), tmp_path, workers=1, dies_after_steps=4)
     assert position_of(tmp_path) == (4, 0, 96)
-    run_workers(load(rows), tmp_path, workers=1)
+    run_workers(load_examples(str(rows)), tmp_path, workers=1)
     assert position_of(tmp_path) == position_of(whole)
     assert_equal_states(tmp_path, whole, tolerance=0)
 
@@ -109,7 +114,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(uninterrupted: tuple[Path, Path],
 def test_one_then_two_then_three_then_one_worker_end_as_one(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     rows, whole = uninterrupted
     for workers, dies_after_steps in ((1, 4), (2, 8), (3, 12), (1, 0)):
-        run_workers(load(rows), tmp_path, workers=workers, dies_after_steps=dies_after_steps)
+        run_workers(load_examples(str(rows)), tmp_path, workers=workers, dies_after_steps=dies_after_steps)
     assert position_of(tmp_path) == position_of(whole)
     assert_equal_states(tmp_path, whole, tolerance=1e-5)
     ends = [json.loads((folder / "end.json").read_text()) for folder in (tmp_path, whole)]
@@ -128,29 +133,59 @@ def test_ids_that_nobody_listed_get_the_same_rows_whatever_happens(tmp_path: Pat
     assert USERS / 2 < len(ids[0]) < USERS  # one row a bucket: some compete for theirs, and rows change hands
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "no manifest"])
+def harm_truncated(checkpoint: Path) -> None:
+    data = checkpoint / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-100])
+
+
+def harm_flipped(checkpoint: Path) -> None:
+    data = checkpoint / "__0_0.distcp"
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    data.write_bytes(flipped)
+
+
+def harm_unfinished(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+
+
+def harm_lost_file(checkpoint: Path) -> None:
+    (checkpoint / worker_file(0)).unlink()
+
+
+@pytest.mark.parametrize("harm", [harm_truncated, harm_flipped, harm_unfinished, harm_lost_file])
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
-    harm: str, uninterrupted: tuple[Path, Path], tmp_path: Path
+    harm: Callable[[Path], None], uninterrupted: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    shutil.copytree(uninterrupted[1] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    newest_one, before, _ = checkpoint_folders(tmp_path)
+    assert newest_checkpoint(tmp_path) == (newest_one, [])
+    harm(newest_one)
+    found, (reason,) = newest_checkpoint(tmp_path)
+    assert found == before
+    assert str(newest_one) in reason
+
+
+def test_with_every_checkpoint_torn_there_is_none(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted[1] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    for folder in checkpoint_folders(tmp_path):
+        harm_flipped(folder)
+    found, reasons = newest_checkpoint(tmp_path)
+    assert (found, len(reasons)) == (None, 3)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     rows, whole = uninterrupted
-    run_workers(load(rows), tmp_path, workers=1, dies_after_steps=8)
-    torn = newest(tmp_path)
-    data = torn / "__0_0.distcp"
-    if harm == "truncated":
-        data.write_bytes(data.read_bytes()[:-100])
-    elif harm == "flipped":
-        flipped = bytearray(data.read_bytes())
-        flipped[len(flipped) // 2] ^= 1
-        data.write_bytes(flipped)
-    else:
-        (torn / MANIFEST).unlink()
-    said = run_workers(load(rows), tmp_path, workers=1)
+    run_workers(load_examples(str(rows)), tmp_path, workers=1, dies_after_steps=8)
+    harm_flipped(newest(tmp_path))
+    said = run_workers(load_examples(str(rows)), tmp_path, workers=1)
     assert "checkpoint passed over" in said
-    assert torn.name in said
     assert position_of(tmp_path) == position_of(whole)
     assert_equal_states(tmp_path, whole, tolerance=0)
 
 
+@pytest.mark.slow
 def test_data_that_changed_since_the_checkpoint_are_refused(
     uninterrupted: tuple[Path, Path], tmp_path: Path, write_numbered: Callable[..., Examples]
 ) -> None:
