@@ -67,9 +67,9 @@ def main() -> None:
 def train(folder: str, home: Path, settings: list[str]) -> tuple[dict[str, Any], int]:
     """Run `recloop train`, or go on with this home's unfinished run; return its result and the peak bytes."""
     unfinished = [run for run in sorted(home.glob("runs/clicks-*")) if not (run / "run.json").exists()]
-    overrides = [word for setting in settings for word in ("--set", setting)]
-    which = ["--resume", str(unfinished[-1])] if unfinished else []
-    command = ["train", "--recipe", "clicks", "--data", folder, "--home", str(home), "--json", *which, *overrides]
+    begin = ["--recipe", "clicks", "--data", folder, *(word for setting in settings for word in ("--set", setting))]
+    which = ["--resume", str(unfinished[-1])] if unfinished else begin
+    command = ["train", "--home", str(home), "--json", *which]
     process = subprocess.Popen([sys.executable, "-m", "cluster", *command], stdout=subprocess.PIPE, text=True)
     with PeakMemory(process.pid, interval_s=MEMORY_INTERVAL_S) as memory:
         output, _ = process.communicate()

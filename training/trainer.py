@@ -20,6 +20,7 @@ import numpy as np
 
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
+from cluster.errors import ConfigError
 from cluster.examples import is_examples
 from cluster.home import Home
 from cluster.progress import progress
@@ -35,6 +36,8 @@ from training.stream import DataConfig
 
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     """Train on a dataset, or on an examples folder: the `recloop train` command."""
+    if args.resume and (args.overrides or args.epochs):
+        raise ConfigError("--resume: the run goes on with its own recipe; of all settings only --workers may change")
     overrides = [f"train.epochs={args.epochs}"] if args.epochs is not None else []
     if args.workers is not None:
         fewest, most = args.workers
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     engine = recipe.section(EngineConfig)
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
         if args.resume or is_examples(str(data)):
-            return train_on_examples(recipe, str(data), home, resume=args.resume)
+            return train_on_examples(recipe, str(data), home, resume=args.resume, workers=args.workers)
         return asdict(train_on_ray(recipe, load_dataset(data), home))
 
 

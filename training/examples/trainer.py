@@ -23,9 +23,12 @@ EXAMPLES_FILE = "examples.txt"
 
 
 def train_on_examples(
-    recipe: Recipe, uri: str, home: Home, *, resume: str | None = None
+    recipe: Recipe, uri: str, home: Home, *, resume: str | None = None, workers: tuple[int, int] | None = None
 ) -> dict[str, Any]:  # Any: JSON
-    """Train within an open Ray session; with `resume`, go on with the run of that folder, its recipe and its data.
+    """Train within an open Ray session.
+
+    With `resume`, go on with the run of that folder: its recipe and its data, but for the number of `workers` (fewest,
+    most), the one thing that may change.
 
     Raises `DataError` or `ConfigError` as the workers do, `EngineError` when they failed for good.
     """
@@ -38,11 +41,12 @@ def train_on_examples(
         folder = Path(resume)
         if not (folder / EXAMPLES_FILE).exists():
             raise DataError(f"{folder}: is no run over examples; name one that `recloop train` began")
-        config = recipe.section(TrainConfig)
-        recipe = _with_workers(read_recipe(folder), config)
+        recipe = read_recipe(folder) if workers is None else _with_workers(read_recipe(folder), *workers)
     uri = (folder / EXAMPLES_FILE).read_text()
     config = recipe.section(TrainConfig)
     examples = load_examples(uri)  # or it says what is wrong, before any worker starts
+    if not examples.info.rows:
+        raise DataError(f"{uri}: holds no rows to train on")
     job = {"recipe": recipe.to_toml(), "examples": uri, "folder": str(folder.resolve())}
     with progress(examples.info.rows * config.epochs, "training", unit="example") as bar:
         fit_on_workers(
@@ -60,8 +64,7 @@ def train_on_examples(
     return trained
 
 
-def _with_workers(recipe: Recipe, config: TrainConfig) -> Recipe:
-    """Return the run's recipe with the number of workers asked for now: the one thing that may change."""
+def _with_workers(recipe: Recipe, fewest: int, most: int) -> Recipe:
     values = {section: dict(entries) for section, entries in recipe.values.items()}
-    values["train"] |= {"workers": config.workers, "min_workers": config.min_workers}
+    values["train"] |= {"workers": most, "min_workers": fewest if fewest < most else None}
     return Recipe(recipe.name, values, recipe.sections)

@@ -120,8 +120,9 @@ class ExamplesTrainer:
                     self._log(window.close(position))  # collective
                 if ids_state is not None:
                     self._ids_state = ids_state
-                    if position.step < stream.steps:
-                        self.save(position)
+                ends = position.step == stream.steps and position.epoch + 1 == self.config.epochs
+                if position.steps % self.config.checkpoint_steps == 0 and not ends:  # `train` saves the end
+                    self.save(position)
                 yield len(batch.label_B)
 
     def _mapped(

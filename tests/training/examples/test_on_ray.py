@@ -18,7 +18,7 @@ from training.checkpoint import read_checkpoint
 from training.examples.checkpoints import checkpoint_folders
 from training.examples.trainer import train_on_examples
 
-from .conftest import bad_table, write_parts
+from .conftest import bad_table, numbered_table, write_parts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = (
@@ -51,6 +51,23 @@ def test_a_run_leaves_a_checkpoint_metrics_and_its_recipe(
     assert Path(trained["checkpoint"]) == folder / "checkpoints" / "step-000000000011"
     assert json.loads((folder / "run.json").read_text()) == trained
     assert "[stream]" in (folder / "recipe.toml").read_text()
+
+
+def test_a_finished_run_resumed_with_another_number_of_workers_is_what_it_was(
+    write_numbered: Callable[..., Examples], tmp_path: Path
+) -> None:
+    first = train(write_numbered(300, 200), tmp_path / "home")
+    recipe = load_recipe("clicks")  # of another run: its own counts
+    again = train_on_examples(recipe, "", Home(tmp_path / "home"), resume=first["folder"], workers=(1, 1))
+    assert again == first
+    with pytest.raises(DataError, match="is no run over examples"):
+        train_on_examples(recipe, "", Home(tmp_path / "home"), resume=str(tmp_path))
+
+
+def test_no_rows_are_refused_before_any_worker_starts(tmp_path: Path) -> None:
+    examples = write_parts(tmp_path / "none", [numbered_table(0, 0)])
+    with pytest.raises(DataError, match="holds no rows to train on"):
+        train(examples, tmp_path / "home")
 
 
 def test_bad_data_end_the_run_with_the_error_that_names_them(tmp_path: Path) -> None:
