@@ -13,6 +13,7 @@ happened to.
 """
 
 import argparse
+import json
 import logging
 import os
 import secrets
@@ -36,7 +37,7 @@ from cluster.config import load_recipe
 from cluster.errors import EngineError
 from cluster.home import Home
 from training.checkpoint import read_checkpoint
-from training.examples.checkpoints import checkpoint_folders
+from training.examples.checkpoints import MANIFEST, SavedCheckpoint, checkpoint_folders
 from training.examples.trainer import train_on_examples
 from training.run import CHECKPOINTS_FOLDER
 
@@ -45,7 +46,7 @@ CHECKPOINT_STEPS = 8
 SMALL = (
     "stream.batch_examples=2048",
     f"train.checkpoint_steps={CHECKPOINT_STEPS}",
-    "train.log_steps=2",
+    "train.log_steps=1",
     "train.max_failures=3",
     "train.seed=1",
 )
@@ -72,6 +73,7 @@ def main() -> None:
     for kill in ("worker", "node"):
         checks += [
             build_check(f"examples_after_{kill}_killed", results[kill]["examples"], f"=={rows}"),
+            build_check(f"{kill}_was_killed", results[kill]["was_killed"], "==1"),
             build_check(f"steps_lost_{kill}_killed", results[kill]["steps_lost"], f"<={interval}"),
             build_check(f"state_difference_{kill}_killed", differences[kill], "<=1e-6"),
         ]
@@ -88,7 +90,7 @@ def checkpoint_cost(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
     if args.data is None:
         write_examples(Path(folder), rows, users, items, seed=0, processes=WORKERS)
     common = {"folder": folder, "processes": WORKERS}
-    saving = {"port": free_port(), "run_folder": f"{scratch}/saving", "checkpoint_every": steps}
+    saving = {"port": free_port(), "run_folder": f"{scratch}/saving", "saves": True}
     plain = {"port": free_port(), "run_folder": f"{scratch}/plain"}
     with (
         Segments(build_streamed, workers=WORKERS, **common, **saving) as with_one,
@@ -99,7 +101,7 @@ def checkpoint_cost(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
             args.repeats,
         )
     seconds = turns.median("with") - turns.median("without")
-    return {"seconds": seconds, "share": max(seconds, 0.0) / 60, "segments": turns.summary()}
+    return {"seconds": seconds, "share": seconds / 60, "segments": turns.summary()}
 
 
 def run_and_kill(kill: str, folder: str, home: str) -> dict[str, float]:
@@ -115,15 +117,17 @@ def run_and_kill(kill: str, folder: str, home: str) -> dict[str, float]:
     told: dict[str, float] = {}
 
     def strike() -> None:
-        run = _wait_for(lambda: next(iter(place.runs.glob("clicks-*/metrics.jsonl")), None))
-        _wait_for(lambda: (whole := checkpoint_folders(run.parent / CHECKPOINTS_FOLDER)) and len(whole) > 1)
-        told["struck_s"] = time.monotonic()
+        metrics = _wait_for(lambda: next(iter(place.runs.glob("clicks-*/metrics.jsonl")), None))
+        saved = f"{CHECKPOINTS_FOLDER}/step-*/{MANIFEST}"
+        whole = _wait_for(lambda: found if len(found := sorted(metrics.parent.glob(saved))) > 1 else None)
         if kill == "worker":
             _train_workers()[0].kill()
         else:
             busy = {worker.ppid() for worker in _train_workers()}
             victim = next(node for node in nodes if _raylet_pid(node) in busy)
             cluster.remove_node(victim, allow_graceful=False)
+        told["struck_s"] = time.monotonic()
+        told["steps_lost"] = _steps_done(metrics) - SavedCheckpoint.read(whole[-1].parent).position.steps
 
     if kill != "nothing":
         threading.Thread(target=strike, daemon=True).start()
@@ -131,12 +135,10 @@ def run_and_kill(kill: str, folder: str, home: str) -> dict[str, float]:
     begun_s = time.monotonic()
     trained = train_on_examples(recipe, folder, place)
     ended_s = time.monotonic()
-    lines = (Path(trained["folder"]) / "metrics.jsonl").read_text().splitlines()
-    steps_seen = 2 * len(lines)  # a line every two steps, again for those that were done again
     result = {
         "examples": trained["examples"],
         "steps": trained["steps"],
-        "steps_lost": max(0, steps_seen - trained["steps"] - 2),
+        "steps_lost": told.get("steps_lost", 0),
         "seconds": ended_s - begun_s,
         "seconds_after_the_kill": ended_s - told.get("struck_s", ended_s),
         "was_killed": float("struck_s" in told),
@@ -167,6 +169,10 @@ def _in_process(run: Callable[..., dict[str, float]], **arguments: str) -> dict[
     """Run in a process of its own: a process is connected to one Ray."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(run, kwds=arguments)
+
+
+def _steps_done(metrics: Path) -> int:
+    return json.loads(metrics.read_text().splitlines()[-1])["steps"]
 
 
 def _train_workers() -> list[psutil.Process]:

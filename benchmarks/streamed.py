@@ -6,8 +6,10 @@ The very loop of `recloop train`, without Ray around it: read, decode, shuffle, 
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,21 +34,25 @@ def build_streamed(
     port: int,
     processes: int,
     settings: Sequence[str] = (),
-    checkpoint_every: int = NEVER,
+    saves: bool = False,
 ) -> Run:
-    """Collective. Build the trainer and return what runs a segment; epochs follow one another without end."""
+    """Collective. Build the trainer and return what runs a segment; epochs follow one another without end.
+
+    With `saves`, a checkpoint is begun as a segment begins, and the segment does not end before it is whole.
+    """
     keep_freed_memory()
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)  # warns of a rename that is torchrec's to follow
-    overrides = [f"train.checkpoint_steps={checkpoint_every}", "train.epochs=1000", *settings]
+    overrides = [f"train.checkpoint_steps={NEVER}", "train.epochs=1000", *settings]
     Path(run_folder).mkdir(parents=True, exist_ok=True)
     trainer = ExamplesTrainer(
         load_examples(folder), load_recipe("clicks", overrides), Path(run_folder), torch.device("cpu")
     )
-    steps_done = _steps(trainer)
+    position = Position()
+    steps_done = _steps(trainer, position)
 
     def step() -> tuple[int, float]:
         return next(steps_done), 0.0
@@ -56,13 +62,18 @@ def build_streamed(
             next(steps_done)
         # Collective: all start together.
         dist.barrier()
-        return time_steps(step, steps)
+        if not saves:
+            return time_steps(step, steps)
+        begun_s = time.perf_counter()
+        trainer.save(position)
+        segment = time_steps(step, steps)
+        trainer.writer.wait()
+        return replace(segment, seconds=time.perf_counter() - begun_s)
 
     return run
 
 
-def _steps(trainer: ExamplesTrainer) -> Iterator[int]:
-    position = Position()
+def _steps(trainer: ExamplesTrainer, position: Position) -> Iterator[int]:
     while True:
         yield from trainer.train_epoch(position)
         position.epoch, position.step = position.epoch + 1, 0

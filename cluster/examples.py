@@ -65,7 +65,7 @@ class Part:
     group_rows: tuple[int, ...]
     """Rows of each row group."""
     mark: str
-    """Digest of the file's size and footer: a file that was written anew has another one."""
+    """Digest of the file's size, time of change and shape: one that was written anew (or copied) has another."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,18 @@ def load_examples(uri: str) -> Examples:
         listed = filesystem.get_file_info(pafs.FileSelector(root))
     except OSError as error:
         raise DataError(f"{uri}: cannot be listed ({error})") from error
-    sizes = {entry.path: entry.size for entry in listed if entry.base_name.endswith(".parquet")}
+    files = {entry.path: entry for entry in listed if entry.base_name.endswith(".parquet")}
     heldout = f"{root}/{HELDOUT_FILE}"
     with ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="footer") as pool:
-        read = dict(zip(sizes, pool.map(lambda path: _read_part(filesystem, path, sizes[path]), sizes), strict=True))
+        read = dict(zip(files, pool.map(lambda entry: _read_part(filesystem, entry), files.values()), strict=True))
     parts = tuple(read[path] for path in sorted(read) if path != heldout)
     if not parts:
         raise DataError(f"{uri}: holds no part-*.parquet")
     rows = sum(sum(part.group_rows) for part in parts)
     if rows != info.rows:
         raise DataError(f"{uri}: {INFO_FILE} states {info.rows:,} rows, the files hold {rows:,}; a part is missing")
+    if not rows:
+        raise DataError(f"{uri}: holds no rows to train on")
     return Examples(uri, info, filesystem, parts, read.get(heldout))
 
 
@@ -146,18 +148,14 @@ def _read_info(filesystem: pafs.FileSystem, path: str) -> ExamplesInfo:
         raise DataError(f"{path}: {error}") from error
 
 
-def _read_part(filesystem: pafs.FileSystem, path: str, size: int) -> Part:
+def _read_part(filesystem: pafs.FileSystem, entry: pafs.FileInfo) -> Part:
+    path = entry.path
     with open_part(filesystem, path) as file:
         _check_schema(path, file.schema_arrow)
         footer = file.metadata
         groups = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
-        chunks = [
-            (chunk.file_offset, chunk.total_compressed_size, chunk.num_values)
-            for index in range(footer.num_row_groups)
-            for column in range(footer.num_columns)
-            for chunk in (footer.row_group(index).column(column),)
-        ]
-        mark = hashlib.sha256(repr((size, groups, chunks)).encode()).hexdigest()[:16]
+        marked = (entry.size, entry.mtime_ns, groups, footer.serialized_size, str(file.schema_arrow))
+        mark = hashlib.sha256(repr(marked).encode()).hexdigest()[:16]
         return Part(path=path, group_rows=groups, mark=mark)
 
 

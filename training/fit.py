@@ -35,8 +35,9 @@ def fit_on_workers(
 ) -> "Result":
     """Train within an open Ray session; `done` tells from the lines of metrics.jsonl how far the bar is.
 
-    A worker that fails is started again, with the others, up to `train.max_failures` times. Raises what the workers
-    raised of our errors (data or settings: starting again would not help whoever reads it), else `EngineError`.
+    A worker that fails is started again, with the others, up to `train.max_failures` times, whatever the reason: Ray
+    Train does not tell bad data from a lost machine. Then raises what the workers raised of our errors, else
+    `EngineError`.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -108,7 +109,8 @@ class _Follower:
 
     def _follow(self) -> None:
         while not self._ended.wait(0.5):
-            lines = self._path.read_text().splitlines() if self._path.exists() else []
+            text = self._path.read_text() if self._path.exists() else ""
+            lines = text[: text.rfind("\n") + 1].splitlines()  # one may be half-written
             if lines and (done := self._done(lines)) != self._bar.n:
                 latest = json.loads(lines[-1])
                 shown = ("loss_total", "ne", "examples_per_s")

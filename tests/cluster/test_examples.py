@@ -57,6 +57,21 @@ def test_a_part_written_anew_with_other_rows_has_another_mark(folder: Path) -> N
     assert [name for name in before if before[name] != after[name]] == ["part-00001.parquet"]
 
 
+def test_a_part_written_anew_at_the_same_size_has_another_mark(folder: Path) -> None:
+    before = load_examples(str(folder)).marks
+    other = TABLE.set_column(3, "label", pa.array([0, 1, 0], pa.int8()))
+    pq.write_table(other, folder / "part-00001.parquet", row_group_size=2)
+    assert load_examples(str(folder)).marks["part-00001.parquet"] != before["part-00001.parquet"]
+
+
+def test_no_rows_are_refused(folder: Path) -> None:
+    for name in ("part-00000", "part-00001"):
+        pq.write_table(TABLE.slice(0, 0), folder / f"{name}.parquet")
+    write_info(folder, info(0))
+    with pytest.raises(DataError, match="holds no rows to train on"):
+        load_examples(str(folder))
+
+
 def test_a_truncated_part_is_named(folder: Path) -> None:
     part = folder / "part-00001.parquet"
     part.write_bytes(part.read_bytes()[:-20])

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster.errors import DataError
+from cluster.errors import DataError, EngineError
 from training.checkpoint import StateCopy, write_state
 
 MANIFEST = "checkpoint.json"
@@ -126,6 +126,11 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
+    def check(self) -> None:
+        """Raise what went wrong with the checkpoint being written, if it did already; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
     def close(self) -> None:
         """Wait, then end the thread."""
         self.wait()
@@ -145,12 +150,18 @@ class CheckpointWriter:
             folder.mkdir(parents=True)
         dist.barrier(self._group)  # collective: nobody writes before the folder is empty
         write_state(state, folder, self._group)  # collective
-        np.savez(folder / worker_file(rank), **arrays)  # pyright: ignore[reportArgumentType]  # names are array names
-        mine = {path.name: _size_and_crc(path) for path in folder.iterdir() if _is_of(path.name, rank)}
-        everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather_object(everyone, mine, self._group)  # collective: every file is on disk
+        mine, failed = {}, ""
+        try:
+            np.savez(folder / worker_file(rank), **arrays)  # pyright: ignore[reportArgumentType]  # array names
+            mine = {path.name: _size_and_crc(path) for path in folder.iterdir() if _is_of(path.name, rank)}
+        except (OSError, DataError) as error:
+            failed = f"worker {rank}: {error}"
+        everyone: list[tuple[dict[str, tuple[int, int]], str]] = [({}, "")] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, (mine, failed), self._group)  # collective: every file is on disk, or why not
+        if failures := [why for _, why in everyone if why]:
+            raise EngineError(f"{folder}: cannot be written: {'; '.join(failures)}")
         if rank == 0:
-            files = {name: entry for one in everyone for name, entry in one.items()}
+            files = {name: entry for one, _ in everyone for name, entry in one.items()}
             draft = folder / f"{MANIFEST}.draft"
             draft.write_text(json.dumps({**described, "files": files}))
             draft.replace(folder / MANIFEST)

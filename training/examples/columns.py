@@ -127,7 +127,9 @@ def _lists(
     column: pa.ChunkedArray, limit: int | None, refused: np.ndarray, max_history: int
 ) -> tuple[np.ndarray, np.ndarray]:
     lists = column.combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):  # of no chunks
+    if isinstance(lists, pa.ChunkedArray):
+        if lists.num_chunks:  # too many values for one
+            raise DataError(f"the histories of {len(lists):,} rows do not fit one array; write smaller row groups")
         return np.zeros(0, np.int64), np.zeros(1, np.int64)
     if lists.null_count:
         _refuse(refused, lists.is_null().to_numpy(zero_copy_only=False), MISSING)

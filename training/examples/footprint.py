@@ -39,8 +39,8 @@ class StreamFootprint:
 
 
 def ids_an_example(examples: Examples, config: StreamConfig) -> dict[str, float]:
-    """Return feature to the ids that an example has on average, as the first part's footer counts them."""
-    part = examples.parts[0]
+    """Return feature to the ids that an example has on average, as the footer of the first part with rows says."""
+    part = next(part for part in examples.parts if sum(part.group_rows))
     with open_part(examples.filesystem, part.path) as file:
         footer = file.metadata
         chunks = [
@@ -50,7 +50,7 @@ def ids_an_example(examples: Examples, config: StreamConfig) -> dict[str, float]
         ]
     # An empty history counts as one value: the mean is at least 1.
     values = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] == "history")
-    mean = values / max(sum(part.group_rows), 1)
+    mean = values / sum(part.group_rows)
     return {USER: 1.0, ITEM: 1.0, HISTORY: min(mean, float(config.max_history))}
 
 

@@ -39,6 +39,7 @@ from training.examples.columns import (
 from training.examples.lanes import Block, EpochOrder
 from training.examples.layout import STRIDE, count_rows, lay_out, pack
 
+RETRY_DELAYS_S = (0.1, 1.0)
 MAX_GROUP_ROWS = 1 << 22
 """Row groups are read whole; larger ones would break the bound on memory."""
 
@@ -179,24 +180,41 @@ class ExampleStream:
 
     def _read_block(self, block: Block) -> "_ReadBlock":
         c = concatenate([self._read_group(p.group, p.first, p.last) for p in block.pieces])
+        if len(c.history) > np.iinfo(np.int32).max:
+            raise DataError(
+                f"a block of {block.rows:,} rows has {len(c.history):,} history ids, more than 2^31; "
+                "lower stream.shuffle_rows or stream.max_history, or write smaller row groups"
+            )
         packed = pack(c.user_id, c.item_id, c.offset, c.label, c.refused, self._id_type)
         history = np.zeros(len(c.history) + STRIDE, self._id_type)
         history[: len(c.history)] = c.history
         return _ReadBlock(packed, history)
 
+    def _read_table(self, path: str, group: int) -> pa.Table:
+        """Read a row group, again if it fails: a store that is busy for a moment must not cost rows."""
+        for delay_s in (*RETRY_DELAYS_S, None):
+            try:
+                with open_part(self._examples.filesystem, path) as file:
+                    return file.read_row_group(group, columns=list(COLUMNS), use_threads=False)
+            except (OSError, DataError):
+                if delay_s is None:
+                    raise
+                time.sleep(delay_s)
+        raise AssertionError("the last attempt returns or raises")
+
     def _read_group(self, group: int, first: int, last: int) -> Columns:
         part, index = self._groups[group]
         where = f"{part.path}: row group {index}"
         try:
-            with open_part(self._examples.filesystem, part.path) as file:
-                table = file.read_row_group(index, columns=list(COLUMNS), use_threads=False)
-            if table.num_rows != part.group_rows[index]:
-                raise DataError(f"has {table.num_rows:,} rows, had {part.group_rows[index]:,}: the file has changed")
+            table = self._read_table(part.path, index)
             columns = read_columns(table, self._limits, self._config.max_history)
         except (OSError, ValueError, IndexError, pa.ArrowException, DataError) as error:
-            if self._config.bad_rows == "fail":
+            # What the system says (gone, not permitted, out of handles) is no fault of the rows: never skipped.
+            if self._config.bad_rows == "fail" or getattr(error, "errno", None) is not None:
                 raise DataError(f"{where}: cannot be read ({error})") from error
             columns = no_columns(part.group_rows[index])
+        if len(columns) != part.group_rows[index]:
+            raise DataError(f"{where}: has {len(columns):,} rows, had {part.group_rows[index]:,}: the file has changed")
         if self._config.bad_rows == "fail":
             assert_all_accepted(columns, where)
         return cut(columns, first, last)
@@ -230,7 +248,7 @@ class _LaneReader:
         self._order, self._lane, self._read, self._pool = order, lane, read, pool
         self._blocks = order.blocks(lane)
         starts = [block.start for block in self._blocks]
-        self._number = int(np.searchsorted(starts, first_row, side="right")) - 1
+        self._number = max(0, int(np.searchsorted(starts, first_row, side="right")) - 1)
         self._place = first_row - starts[self._number] if starts else 0
         self._ahead = self._submit(self._number)
         self._open_block: _ReadBlock | None = None
@@ -264,12 +282,13 @@ class _LaneReader:
 
 
 def yield_to_steps() -> None:
-    """Give this thread a lower priority than the one that trains: reading ahead is for moments when that one waits."""
-    if sys.platform == "linux":  # a thread has a priority of its own on Linux alone
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
+    """Lower this thread's priority below the process's: reading ahead is for moments when the step waits."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + READER_NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
-READER_NICENESS = 10
+READER_NICENESS = 4
 EXIT_PATIENCE_S = 10.0
 """How long leaving waits for a thread: one that waits for another worker may wait for ever, and must not hold the error
 back that made this one leave. It is a daemon: it ends with the process."""
@@ -305,9 +324,10 @@ class Background(Generic[Item]):
             yield item  # pyright: ignore[reportReturnType]  # what `start` yields
 
     def _run(self) -> None:
-        yield_to_steps()
-        items = self._start()
+        items: Iterator[Item] = iter(())
         try:
+            yield_to_steps()
+            items = self._start()
             for item in items:
                 self._ready.put(item)
                 if self._stopped.is_set():

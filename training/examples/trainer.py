@@ -45,8 +45,6 @@ def train_on_examples(
     uri = (folder / EXAMPLES_FILE).read_text()
     config = recipe.section(TrainConfig)
     examples = load_examples(uri)  # or it says what is wrong, before any worker starts
-    if not examples.info.rows:
-        raise DataError(f"{uri}: holds no rows to train on")
     job = {"recipe": recipe.to_toml(), "examples": uri, "folder": str(folder.resolve())}
     with progress(examples.info.rows * config.epochs, "training", unit="example") as bar:
         fit_on_workers(

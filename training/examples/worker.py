@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,6 +57,7 @@ def train_examples_worker(job: dict[str, str]) -> None:
     keep_freed_memory()
     recipe, folder = Recipe.from_toml(job["recipe"]), Path(job["folder"])
     trainer = ExamplesTrainer(load_examples(job["examples"]), recipe, folder, get_device())
+    trainer.judge_heldout()
     position = trainer.train()
     scores = trainer.score_heldout()
     if dist.get_rank() == 0:
@@ -87,6 +89,7 @@ class ExamplesTrainer:
         self.writer = CheckpointWriter(folder / CHECKPOINTS_FOLDER, keep=self.config.keep_checkpoints)
         self._pieces = local_shards(self.model)
         self._ids_state = self.rows.state()
+        self._saved_steps = -1
 
     def train(self) -> Position:
         """Collective. Train from the newest checkpoint to the end, which is saved as well; return where that is."""
@@ -114,6 +117,7 @@ class ExamplesTrainer:
                 for table, rows in batch.reused.items():
                     reset_rows(self._pieces, table, rows)
                 losses = train_step(self.model, batch.to(self.device), self.optimizers)
+                self.writer.check()
                 window.add(losses.logit_B, batch.label_B, share.skipped)
                 position.step, position.steps = position.step + 1, position.steps + 1
                 if ids_state is not None or position.steps % self.config.log_steps == 0:
@@ -144,7 +148,10 @@ class ExamplesTrainer:
         return Background(map_all, depth=self.stream.prefetch)
 
     def save(self, position: Position) -> None:
-        """Collective. Write a checkpoint in the background."""
+        """Collective. Write a checkpoint in the background, unless there is one of this step."""
+        if position.steps == self._saved_steps:
+            return
+        self._saved_steps = position.steps
         state = training_state(self.model, self.optimizers)
         arrays = {RNG: torch.get_rng_state().numpy(), **self._ids_state}
         self.writer.save(state, arrays, position, self._stream_identity())
@@ -162,8 +169,11 @@ class ExamplesTrainer:
         dist.broadcast_object_list(found)  # collective: all go on from the same one
         folder = found[0]
         if folder is None:
+            self._forget_metrics_after(0)
             return Position()
         saved = SavedCheckpoint.read(folder)
+        self._forget_metrics_after(saved.position.steps)
+        self._saved_steps = saved.position.steps
         _assert_same_stream(saved.stream, self._stream_identity())
         load_checkpoint(self.model, self.optimizers, folder)
         self.rows.load_state(
@@ -174,19 +184,38 @@ class ExamplesTrainer:
             torch.set_rng_state(torch.from_numpy(read_arrays(folder, RNG, saved.workers)[dist.get_rank()]))
         return saved.position
 
+    def judge_heldout(self) -> None:
+        """Read the held-out rows once: where one cannot be used, training for hours must not come before the error."""
+        if self.examples.heldout is not None:
+            with self._stream(self._heldout(), 0).batches() as shares:
+                for _ in shares:
+                    pass
+
     def score_heldout(self) -> dict[str, float]:
         """Collective. Return AUC and normalised entropy over the held-out rows; nothing where there are none."""
         if self.examples.heldout is None:
             return {}
-        heldout = dataclasses.replace(self.examples, parts=(self.examples.heldout,))
         tally = ClickTally()
         self.model.eval()
-        with self._stream(heldout, 0).batches() as shares, torch.no_grad():
+        with self._stream(self._heldout(), 0).batches() as shares, torch.no_grad():
             for share in shares:
                 batch = self.rows.look_up(share)
                 tally.add(self.model(batch.to(self.device)).logit_B, batch.label_B)
-        figures = tally.over_all_workers().figures()
-        return {f"heldout_{name}": figures[name] for name in ("auc", "ne")}
+        tally = tally.over_all_workers()
+        figures = tally.figures()
+        scores = {f"heldout_{name}": figures[name] for name in ("auc", "ne")}
+        return scores | {"heldout_examples": tally.examples}
+
+    def _heldout(self) -> Examples:
+        assert self.examples.heldout is not None  # callers ask first
+        return dataclasses.replace(self.examples, parts=(self.examples.heldout,))
+
+    def _forget_metrics_after(self, steps: int) -> None:
+        """Take back the lines of steps that are trained again, and one that a crash tore."""
+        path = self.folder / METRICS_FILE
+        if dist.get_rank() == 0 and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _steps_of(line) <= steps]
+            path.write_text("".join(f"{line}\n" for line in kept))
 
     def _stream(self, examples: Examples, epoch: int) -> ExampleStream:
         return ExampleStream(
@@ -214,6 +243,13 @@ class ExamplesTrainer:
         if dist.get_rank() == 0:
             with (self.folder / METRICS_FILE).open("a") as lines:
                 lines.write(json.dumps(metrics) + "\n")
+
+
+def _steps_of(line: str) -> float:
+    try:
+        return json.loads(line)["steps"]
+    except ValueError:
+        return math.inf
 
 
 class Window:

@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
+from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS, KINDS
 
 LISTED, IMPRESSION, UNWANTED, CHOSEN = range(4)
@@ -133,7 +134,7 @@ def build_examples(rows: pa.Table, *, history: int, part_events: int, seed: int)
     kept = chosen | (role == UNWANTED)
     kept[shown] = ~followed(user, item, request, position, shown, chosen)[shown]
     length = (end - start)[kept]
-    offsets = np.r_[0, np.cumsum(length)].astype(np.int32)
+    offsets = _list_offsets(length)
     index = np.repeat(start[kept] - offsets[:-1], length) + np.arange(offsets[-1])
     ordinal = (np.arange(len(user)) - (starts + listed)[owner]).astype(np.uint64)  # of the event; LISTED rows aside
     draw = mix(mix(user.astype(np.uint64) ^ mix(np.array([seed], dtype=np.uint64))) + ordinal * _GOLDEN)
@@ -197,13 +198,13 @@ def expand(examples: pa.Table, copies_from: int, copies_to: int, items: ItemTabl
     lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
     starts = lists.offsets.to_numpy().astype(np.int64)
     length = np.diff(starts)[source]
-    offsets = np.r_[0, np.cumsum(length)]
+    offsets = _list_offsets(length)
     seen = lists.values.to_numpy()[np.repeat(starts[source] - offsets[:-1], length) + np.arange(offsets[-1])]
     return pa.table(
         {
             "user_id": own["user_id"].to_numpy()[source],
             "item_id": items.id[item],
-            "history": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(items.id[seen])),
+            "history": pa.ListArray.from_arrays(pa.array(offsets), pa.array(items.id[seen])),
             "label": label,
             "ts_us": own["ts_us"].to_numpy()[source],
         }
@@ -230,3 +231,11 @@ def _latest(when: np.ndarray, *keys: np.ndarray) -> np.ndarray:
     latest = np.empty_like(when)
     latest[order] = np.repeat(np.maximum.reduceat(when[order], starts), np.diff(np.r_[starts, len(when)]))
     return latest
+
+
+def _list_offsets(length: np.ndarray) -> np.ndarray:
+    """Return where each list starts, int32 as Arrow's lists have it. Raises `DataError` for more than they hold."""
+    total = int(length.sum())
+    if total > np.iinfo(np.int32).max:
+        raise DataError(f"{len(length):,} examples of one partition have {total:,} history items; lower --history")
+    return np.r_[0, np.cumsum(length)].astype(np.int32)

@@ -18,7 +18,7 @@ from training.checkpoint import read_checkpoint
 from training.examples.checkpoints import checkpoint_folders
 from training.examples.trainer import train_on_examples
 
-from .conftest import bad_table, numbered_table, write_parts
+from .conftest import bad_table, write_parts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = (
@@ -62,12 +62,6 @@ def test_a_finished_run_resumed_with_another_number_of_workers_is_what_it_was(
     assert again == first
     with pytest.raises(DataError, match="is no run over examples"):
         train_on_examples(recipe, "", Home(tmp_path / "home"), resume=str(tmp_path))
-
-
-def test_no_rows_are_refused_before_any_worker_starts(tmp_path: Path) -> None:
-    examples = write_parts(tmp_path / "none", [numbered_table(0, 0)])
-    with pytest.raises(DataError, match="holds no rows to train on"):
-        train(examples, tmp_path / "home")
 
 
 def test_bad_data_end_the_run_with_the_error_that_names_them(tmp_path: Path) -> None:

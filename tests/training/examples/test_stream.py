@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -95,6 +97,45 @@ def test_longer_histories_keep_the_newest(write_numbered: Callable[..., Examples
 
 def test_empty_parts_change_nothing(write_numbered: Callable[..., Examples]) -> None:
     assert sum(steps_of(write_numbered(20, 0, 5), 2), Counter()) == whole(0, 25)
+
+
+def test_fewer_rows_than_lanes_are_all_read(write_numbered: Callable[..., Examples]) -> None:
+    assert sum(steps_of(write_numbered(2), 3), Counter()) == whole(0, 2)
+
+
+def test_a_part_that_is_gone_is_an_error_even_where_bad_rows_are_skipped(
+    write_numbered: Callable[..., Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.examples.stream.RETRY_DELAYS_S", (0.0,))
+    examples = write_numbered(14, 14)
+    (tmp_path / "rows" / "part-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"part-00001.parquet: row group \d: cannot be read"):
+        read(stream_of(examples, bad_rows="skip"))
+
+
+def test_a_part_of_other_rows_is_an_error_even_where_bad_rows_are_skipped(
+    write_numbered: Callable[..., Examples], tmp_path: Path
+) -> None:
+    examples = write_numbered(14, 14)
+    pq.write_table(numbered_table(0, 10), tmp_path / "rows" / "part-00001.parquet", row_group_size=5)
+    with pytest.raises(DataError, match=r"part-00001.parquet: row group \d: has 5 rows, had 7"):
+        read(stream_of(examples, bad_rows="skip"))
+
+
+READS_AT_NICE_15 = """
+import os, sys, threading
+os.nice(15)  # as Ray starts its workers
+from training.examples.stream import Background
+def say():
+    yield os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+with Background(say, depth=1) as said:
+    print(*said, os.getpriority(os.PRIO_PROCESS, os.getpid()))
+"""
+
+
+def test_readers_have_a_lower_priority_than_the_step_also_within_ray() -> None:
+    said = subprocess.run([sys.executable, "-c", READS_AT_NICE_15], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["19", "15"]
 
 
 def test_ids_without_limit_are_64_bit(write_numbered: Callable[..., Examples]) -> None:
