@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from cluster.errors import DataError, EngineError
 from training.checkpoint import StateCopy, write_state
+from training.examples.background import yield_to_steps
 
 MANIFEST = "checkpoint.json"
 _READ_BYTES = 1 << 22
@@ -101,7 +102,7 @@ class CheckpointWriter:
         # Collective. Gloo also beside NCCL: what is agreed on here are file names.
         self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
         self._copy = StateCopy()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=yield_to_steps)
         self._pending: Future[None] | None = None
 
     def save(

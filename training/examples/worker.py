@@ -31,6 +31,7 @@ from embeddings.ids.config import IdsConfig
 from embeddings.tables import TablesConfig, local_shards, reset_rows
 from training.checkpoint import load_checkpoint, training_state
 from training.evaluation.clicks import ClickTally, collective_device
+from training.examples.background import Background
 from training.examples.checkpoints import (
     CheckpointWriter,
     Position,
@@ -41,7 +42,7 @@ from training.examples.checkpoints import (
 from training.examples.columns import REASONS
 from training.examples.footprint import ids_an_example
 from training.examples.rows import build_rows
-from training.examples.stream import Background, ExampleRows, ExampleStream, StreamConfig
+from training.examples.stream import ExampleRows, ExampleStream, StreamConfig
 from training.models.click import ClickConfig, build_click_model
 from training.run import CHECKPOINTS_FOLDER, METRICS_FILE, SCORES_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step

@@ -12,8 +12,9 @@ import pytest
 
 from cluster.errors import ConfigError, DataError
 from cluster.examples import Examples, load_examples
+from training.examples.background import Background
 from training.examples.columns import BEYOND, MISSING, NO_ROW, NOT_A_LABEL, REASONS, UNREADABLE, Limits
-from training.examples.stream import Background, ExampleRows, ExampleStream, StreamConfig
+from training.examples.stream import ExampleRows, ExampleStream, StreamConfig
 
 from .conftest import ITEMS, USERS, bad_table, numbered_table, write_parts
 
@@ -124,8 +125,8 @@ def test_a_part_of_other_rows_is_an_error_even_where_bad_rows_are_skipped(
 
 READS_AT_NICE_15 = """
 import os, sys, threading
-os.nice(15)  # as Ray starts its workers
-from training.examples.stream import Background
+os.nice(15 - os.nice(0))  # as Ray starts its workers
+from training.examples.background import Background
 def say():
     yield os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 with Background(say, depth=1) as said:
