@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-READER_NICENESS = 4
+READER_NICENESS = 10
 EXIT_PATIENCE_S = 10.0
 """How long leaving waits for a thread: one that waits for another worker may wait for ever, and must not hold the error
 back that made this one leave. It is a daemon: it ends with the process."""
