@@ -42,9 +42,10 @@ from benchmarks.plain_torch import (
     read_batches,
 )
 from benchmarks.planted import write_examples
-from benchmarks.segments import Run, Segment, Segments, keep_freed_memory, time_steps
+from benchmarks.segments import Run, Segment, Segments, time_steps
 from cluster.errors import DataError
 from cluster.examples import load_examples
+from training.examples.worker import keep_freed_memory
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel

@@ -26,8 +26,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from benchmarks.segments import Run, keep_freed_memory, time_steps
+from benchmarks.segments import Run, time_steps
 from cluster.examples import load_examples
+from training.examples.worker import keep_freed_memory
 
 DIM = 32
 HIDDEN = 64

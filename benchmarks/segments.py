@@ -6,11 +6,10 @@ Knows nothing of models. Between segments the processes block on a pipe and use 
 can be measured in turns within one run.
 """
 
-import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -62,17 +61,6 @@ def time_steps(step: Callable[[], tuple[int, float]], steps: int) -> Segment:
         step_ms.append(1e3 * (now_s - last_s))
         last_s = now_s
     return Segment(examples, last_s - begun_s, tuple(step_ms), loss)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back: a step allocates the same tens of MB again and again.
-
-    Where the C library has no `mallopt`, nothing changes.
-    """
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class Segments:

@@ -164,7 +164,7 @@ def write_dataset(
             pq.write_table(rejected_rows, draft / "rejected.parquet", compression="zstd")
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (draft / "dataset.json").write_text(text + "\n", encoding="utf-8")
-        _replace_folder(draft, path)
+        replace_folder(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return load_dataset(path)
@@ -250,7 +250,8 @@ def _refuse_foreign_folder(path: Path) -> None:
         raise DataError(f"{path}: holds files but no dataset.json; name a new or empty folder")
 
 
-def _replace_folder(draft: Path, path: Path) -> None:
+def replace_folder(draft: Path, path: Path) -> None:
+    """Put a finished draft, beside it on the same file system, in the place of a folder that may be there already."""
     draft.chmod(0o755)
     if path.is_dir():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))

@@ -16,7 +16,6 @@ dataset gives the same bytes, however many blocks, tasks and machines there were
 import argparse
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.config import EngineConfig, load_recipe
-from cluster.dataset import Dataset, load_dataset
+from cluster.dataset import Dataset, load_dataset, replace_folder
 from cluster.errors import ConfigError, DataError, EngineError, RecloopError
 from cluster.events import KIND_INDEX, KINDS
 from cluster.examples import ID_KINDS, INFO_FILE, SCHEMA_VERSION, ExamplesInfo, load_examples, write_info
@@ -159,7 +158,7 @@ def prepare_examples(
         shutil.rmtree(draft / ITEM_FOLDER)
         write_info(draft, info)
         load_examples(str(draft))  # or it says why
-        _replace_folder(draft, out)
+        replace_folder(draft, out)
     return info
 
 
@@ -341,14 +340,3 @@ def _draft_folder(out: Path) -> Iterator[Path]:
     finally:
         if draft.exists():  # renamed first: a task that is still running can then put no further file into it
             shutil.rmtree(draft.rename(f"{draft}-dropped"), ignore_errors=True)
-
-
-def _replace_folder(draft: Path, out: Path) -> None:
-    draft.chmod(0o755)
-    if out.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-        os.replace(out, old)
-        os.replace(draft, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(draft, out)
