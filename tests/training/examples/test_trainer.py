@@ -17,6 +17,7 @@ from cluster.ray_session import find_free_port
 from training.checkpoint import read_checkpoint
 from training.examples.checkpoints import (
     MANIFEST,
+    SPARE,
     SavedCheckpoint,
     checkpoint_folders,
     newest_checkpoint,
@@ -99,6 +100,26 @@ def test_a_run_counts_every_example_of_every_epoch(uninterrupted: tuple[Path, Pa
 def test_the_newest_checkpoints_stay(uninterrupted: tuple[Path, Path]) -> None:
     _, run = uninterrupted
     assert [one.name[-2:] for one in checkpoint_folders(run / "checkpoints")] == ["14", "12", "08"]
+
+
+def test_checkpoints_are_written_over_the_files_of_dropped_ones(
+    uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows, whole = uninterrupted
+    spare = tmp_path / "checkpoints" / SPARE
+    shutil.copytree(newest(whole), spare, ignore=shutil.ignore_patterns(MANIFEST))
+    (spare / "__1_0.distcp").write_bytes(b"of a worker that is no more")
+    with (spare / "__0_0.distcp").open("ab") as file:
+        file.write(b"longer than the next")
+    place = (spare / "__0_0.distcp").stat().st_ino
+    run_workers(load_examples(str(rows)), tmp_path, workers=1, dies_after_steps=4)
+    first = newest(tmp_path)
+    SavedCheckpoint.read(first).verify(first)
+    assert (first / "__0_0.distcp").stat().st_ino == place
+    assert not (first / "__1_0.distcp").exists()
+    run_workers(load_examples(str(rows)), tmp_path, workers=1)
+    assert_equal_states(tmp_path, whole, tolerance=0)
+    assert not spare.exists()
 
 
 @pytest.mark.slow
