@@ -5,7 +5,6 @@ Knows nothing of what a command does: it names each function by import string an
 """
 
 import argparse
-import importlib
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import cast
 from cluster.commands.parser import build_parser
 from cluster.errors import RecloopError
 from cluster.home import find_home
+from cluster.imports import load_target
 from cluster.output import Result, print_result
 from cluster.progress import hush_progress
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _prepare(args)
-        result = _load_command(args.target)(args)
+        result = cast(Command, load_target(args.target))(args)
         if result is not None:
             print_result(result, as_json=args.json or args.result_is_json)
             sys.stdout.flush()
@@ -57,8 +57,3 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.json:
         hush_progress()
     args.home = find_home(args.home)
-
-
-def _load_command(target: str) -> Command:
-    module, _, function = target.partition(":")
-    return cast(Command, getattr(importlib.import_module(module), function))

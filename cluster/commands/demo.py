@@ -12,7 +12,6 @@ dataset and the text vectors are kept.
 import argparse
 import contextlib
 import fcntl
-import importlib
 import shutil
 import sys
 import threading
@@ -25,14 +24,13 @@ from cluster.dataset import Dataset, load_dataset
 from cluster.engine import open_registry
 from cluster.errors import EngineError, GateError
 from cluster.home import Home
+from cluster.imports import load_target
 from cluster.log import EventLog
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
 from cluster.registry import Registry
 
 ARMS = ("frozen", "state", "live")
-
-Stage = Any  # Any: a function of a higher layer
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
@@ -47,15 +45,15 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
         home = _fresh_home(args.home)
         registry = open_registry(recipe, home)
         _say(f"training on {dataset.info.name}")
-        trained = _stage("training.trainer:train_on_ray")(recipe, dataset, home)
-        version = _stage("training.publish:publish_run")(trained, registry)
+        trained = load_target("training.trainer:train_on_ray")(recipe, dataset, home)
+        version = load_target("training.publish:publish_run")(trained, registry)
         _say(f"published version {version}")
         with (
-            _stage("serving.app:running_app")(recipe, home, args.host, args.port) as url,
-            _stage("training.online.actor:running_trainer")(recipe, home),
+            load_target("serving.app:running_app")(recipe, home, args.host, args.port) as url,
+            load_target("training.online.actor:running_trainer")(recipe, home),
         ):
             _say(f"serving at {url}; replaying live traffic")
-            summary = _stage("training.evaluation.report:replay_and_report")(
+            summary = load_target("training.evaluation.report:replay_and_report")(
                 url, recipe, dataset, args.home.reports, args.events
             )
             summary |= _audit(registry, home, summary["events"]) | {"seconds": round(time.monotonic() - started_s, 1)}
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
 def _prepared(home: Home) -> Dataset:
     if not (home.default_dataset / "dataset.json").exists():
         _say("preparing MovieLens-100K with film descriptions")
-        _stage("training.prepare.movielens:prepare_movielens")(home.default_dataset)
+        load_target("training.prepare.movielens:prepare_movielens")(home.default_dataset)
     return load_dataset(home.default_dataset)
 
 
@@ -113,11 +111,6 @@ def _audit(registry: Registry, home: Home, acked: int) -> dict[str, int]:
         "applied_twice": max(applied - report.events, 0),
         "set_aside": int(metrics.get("set_aside_total", 0)),
     }
-
-
-def _stage(target: str) -> Stage:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def _say(text: str) -> None:

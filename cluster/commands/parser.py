@@ -206,12 +206,13 @@ def _demo(commands: Commands) -> _Parser:
 
 
 def _versions(commands: Commands) -> _Parser:
-    summary = "list versions, promote one, or roll back to the one before"
-    parser = _command(
-        commands, "versions", "cluster.commands.versions:run", summary, "", "promote 1.37 --reason 'better'", "rollback"
-    )
-    parser.add_argument("action", nargs="?", choices=["list", "promote", "rollback"], default="list")
-    parser.add_argument("version", nargs="?", metavar="V", help="what to promote, such as 1 or 1.37")
+    summary = "list versions, show one, compare two, promote one, or roll back to the one before"
+    examples = ("", "show 1.37", "diff 1.0 1.37", "promote 1.37 --reason 'better'", "rollback")
+    parser = _command(commands, "versions", "cluster.commands.versions:run", summary, *examples)
+    actions = ["list", "show", "diff", "promote", "rollback"]
+    parser.add_argument("action", nargs="?", choices=actions, default="list")
+    parser.add_argument("version", nargs="?", metavar="V", help="such as 1 or 1.37")
+    parser.add_argument("other", nargs="?", metavar="W", help="diff: to which version; default: the promoted one")
     parser.add_argument("--reason", default="", help="kept in the registry's history")
     return parser
 

@@ -1,7 +1,7 @@
-"""`recloop versions`: list what is published, promote, roll back.
+"""`recloop versions`: list what is published, show one, compare two, promote, roll back.
 
-In:  the home's registry.  Out: rows of versions, or the move that was made.
-Knows nothing of what a version holds.
+In:  the home's registry.  Out: rows of versions, what one states, what changed, or the move that was made.
+Knows nothing of what a version holds: comparing two is training/models/compare.py's.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import datetime
 from cluster.config import load_recipe
 from cluster.engine import open_registry
 from cluster.errors import ConfigError, NoVersionError, RegistryError
+from cluster.imports import load_target
 from cluster.manifest import Manifest, VersionRef
 from cluster.output import Result
 from cluster.registry import Registry
@@ -23,8 +24,14 @@ def run(args: argparse.Namespace) -> Result:
     if args.action == "rollback":
         return _promote(registry, _previous(registry), args.reason or "rollback")
     if not args.version:
-        raise ConfigError("versions promote: name the version; try `recloop versions promote 1`")
-    return _promote(registry, VersionRef.parse(args.version), args.reason)
+        raise ConfigError(f"versions {args.action}: name the version; try `recloop versions {args.action} 1`")
+    ref = VersionRef.parse(args.version)
+    if args.action == "show":
+        return _show(registry, ref)
+    if args.action == "diff":
+        other = VersionRef.parse(args.other) if args.other else registry.current()
+        return load_target("training.models.compare:compare_versions")(registry, ref, other)
+    return _promote(registry, ref, args.reason)
 
 
 def current_or_none(registry: Registry) -> VersionRef | None:
@@ -45,16 +52,45 @@ def _list(registry: Registry) -> Result:
 
 
 def _row(registry: Registry, manifest: Manifest, current: VersionRef | None) -> Result:
-    created = datetime.datetime.fromtimestamp(manifest.created_us / 1e6, datetime.UTC)
     deltas = registry.deltas(manifest.ref.version)
     return {
         "version": manifest.ref.version,
         "deltas": len(deltas),
-        "created": created.isoformat(timespec="seconds"),
+        "created": _time(manifest.created_us),
         "offset": (deltas[-1] if deltas else manifest).last_seq,
         "promoted": str(current) if current and current.version == manifest.ref.version else None,
         "metrics": manifest.metrics,
     }
+
+
+def _show(registry: Registry, ref: VersionRef) -> Result:
+    manifest = registry.manifest(ref)
+    files = {name: entry.size_bytes for name, entry in sorted(manifest.files.items())}
+    moves = [move for move in registry.history() if ref in (move.ref, move.previous)]
+    return {
+        "version": str(ref),
+        "promoted": current_or_none(registry) == ref,
+        "created": _time(manifest.created_us),
+        "parent": str(manifest.parent) if manifest.parent else None,
+        "learned": {"first_seq": manifest.first_seq, "last_seq": manifest.last_seq},
+        "deltas": len(registry.deltas(ref.version, after=ref.delta)),
+        "metrics": dict(manifest.metrics),
+        "files": files,
+        "bytes": sum(files.values()),
+        "moves": [
+            {
+                "at": _time(move.at_us),
+                "from": str(move.previous) if move.previous else None,
+                "to": str(move.ref),
+                "reason": move.reason,
+            }
+            for move in moves
+        ],
+    }
+
+
+def _time(at_us: int) -> str:
+    return datetime.datetime.fromtimestamp(at_us / 1e6, datetime.UTC).isoformat(timespec="seconds")
 
 
 def _previous(registry: Registry) -> VersionRef:

@@ -60,3 +60,29 @@ def test_status_tells_the_learned_event_from_the_logged_one(build_home, capsys):
 def test_a_status_address_that_is_none_is_an_error(build_home, capsys):
     assert main(["status", "--home", str(build_home().home.path), "--url", "nonsense"]) == 2
     assert "--url nonsense" in capsys.readouterr().err
+
+
+def test_show_says_what_a_delta_learned_and_weighs(build_home, capsys):
+    tiny = build_home()
+    publish_deltas(tiny, 2)
+    shown = ask(tiny, capsys, "versions", "show", "1.2")
+    assert (shown["version"], shown["promoted"], shown["parent"]) == ("1.2", True, "1.1")
+    assert shown["learned"] == {"first_seq": 6, "last_seq": 10}
+    assert [(move["from"], move["to"]) for move in shown["moves"]] == [("1.1", "1.2")]
+    base = ask(tiny, capsys, "versions", "show", "1")
+    assert base["deltas"] == 2
+    assert base["bytes"] == sum(base["files"].values()) > 0
+
+
+def test_diff_is_empty_between_a_version_and_itself(build_home, capsys):
+    tiny = build_home()
+    same = ask(tiny, capsys, "versions", "diff", "1")
+    assert (same["from"], same["to"]) == ("1.0", "1.0")
+    assert same["dense"]["tensors"] == same["recipe"] == {}
+    assert all(table["changed"] == 0 for table in same["rows"].values())
+
+
+def test_show_of_no_version_says_what_to_try(build_home, capsys):
+    tiny = build_home()
+    assert main(["versions", "show", "--home", str(tiny.home.path)]) == 2
+    assert "recloop versions show 1" in capsys.readouterr().err

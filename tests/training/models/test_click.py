@@ -24,4 +24,3 @@ def test_bfloat16_computes_the_same_but_for_rounding_and_hands_out_float32() -> 
     assert not torch.equal(rounded, exact)
     assert torch.allclose(rounded, exact, atol=0.02)
     assert (gradient - exact_gradient).norm() < 0.1 * exact_gradient.norm()
-
