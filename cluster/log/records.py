@@ -76,18 +76,29 @@ class VerifyReport:
     first_seq: int
     last_seq: int
     gaps: int
-    """Sequence numbers missing from 1 to `last_seq`."""
+    """Sequence numbers missing from 1 to `last_seq`, besides those dropped by retention or known to be lost."""
     duplicates: int
     """Events beyond the first of their id."""
     state_mismatches: int
     """Entries by which user history differs from what the log's events say."""
     integrity: str
     """SQLite's own check of the file: "ok", or the first thing wrong."""
+    segments: int = 0
+    """Sealed segments."""
+    dropped: int = 0
+    """Events that retention has dropped."""
+    lost: int = 0
+    """Events that an earlier repair found lost to damage."""
+    unknown_ids: int = 0
+    """Sealed events, within the dedupe horizon, whose id would be taken for a new one."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with segments, each with its range of sequence numbers."""
 
     @property
     def sound(self) -> bool:
         """Tell whether nothing is wrong."""
-        return not (self.gaps or self.duplicates or self.state_mismatches) and self.integrity == "ok"
+        wrong = self.gaps or self.duplicates or self.state_mismatches or self.unknown_ids or self.damaged
+        return not wrong and self.integrity == "ok"
 
 
 def event_row(event: Event) -> Row:

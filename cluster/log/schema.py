@@ -1,22 +1,33 @@
 """The tables of the embedded log, and connections to them.
 
-In:  the file's path.  Out: SQLite connections with the pragmas that make a commit durable.
+In:  the file's path.  Out: SQLite connections with the pragmas that make a commit durable; who has the file open.
 Knows nothing of events as objects, of threads or of group commit.
 
 WAL with `synchronous=FULL` syncs the log file on every commit; `NORMAL` would lose acked events to a power loss.
+
+    events        the newest events, those that are not sealed
+    segments      the files that hold the older ones
+    sealed_ids    the hash of each sealed event's id, so that a duplicate is still known
+    sealed_users  each user's newest sealed event
+    absences      ranges that the log no longer holds: dropped by retention, or lost to damage
 """
 
 import fcntl
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from cluster.errors import EngineError
+from cluster.log.swap import finish_swap
+from cluster.log.wal import describe_damage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 30.0
 """How long to wait for another process's transaction."""
 
-TABLES = """
+LIVE_TABLES = """
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY, event_id TEXT NOT NULL UNIQUE, acked_us INTEGER NOT NULL,
     ts_us INTEGER NOT NULL, domain TEXT NOT NULL, user_id TEXT NOT NULL, item_id TEXT NOT NULL, kind TEXT NOT NULL,
@@ -35,6 +46,17 @@ CREATE TABLE items (
     categories TEXT NOT NULL, available_from_us INTEGER, available_until_us INTEGER
 );
 """
+SEALED_TABLES = """
+CREATE TABLE segments (
+    first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL UNIQUE, rows INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL, last_acked_us INTEGER NOT NULL
+);
+CREATE TABLE sealed_ids (id_hash BLOB PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE sealed_users (user_id TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE absences (first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, reason TEXT NOT NULL);
+"""
+UPGRADES = {0: LIVE_TABLES + SEALED_TABLES, 1: SEALED_TABLES}
+"""What each older schema lacks; 0 is a file that is not there yet."""
 
 
 def connect(path: Path, *, cache_bytes: int) -> sqlite3.Connection:
@@ -46,20 +68,67 @@ def connect(path: Path, *, cache_bytes: int) -> sqlite3.Connection:
 
 
 def create(path: Path) -> None:
-    """Make the file and its tables where there are none; raises `EngineError` for a file that is something else.
+    """Make the file and its tables where there are none; raises `EngineError` for a file that is something else."""
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    try:
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found in UPGRADES:
+            connection.execute("PRAGMA journal_mode = WAL")
+            tables = UPGRADES[found]
+            connection.executescript(f"BEGIN IMMEDIATE; {tables} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif found != SCHEMA_VERSION:
+            raise EngineError(f"{path}: schema {found}, this build reads {SCHEMA_VERSION}; use a new log file")
+    finally:
+        connection.close()
 
-    Switching to WAL does not wait for other connections, so first openers take turns on a lock file.
+
+def enter(path: Path) -> BinaryIO:
+    """Make the log usable and return a handle; while it is open, nobody may repair the log.
+
+    The first to enter finishes a repair that was cut short, and raises `EngineError` where opening the file would
+    lose acked events: SQLite ignores all that follows a damaged part of the write-ahead log, then writes over it.
     """
+    with _turns(path):
+        use = _use_file(path)
+        try:
+            if _try_lock(use):
+                finish_swap(path)
+                if damage := describe_damage(path):
+                    raise EngineError(f"{damage}; `recloop events verify --repair` saves what can be read")
+            create(path)
+            fcntl.flock(use, fcntl.LOCK_SH)
+        except BaseException:
+            use.close()
+            raise
+        return use
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep everyone else out meanwhile; raises `EngineError` where the log is in use."""
+    with _turns(path), _use_file(path) as use:
+        if not _try_lock(use):
+            raise EngineError(f"{path}: is in use by another process; stop the server, then try again")
+        finish_swap(path)
+        yield
+
+
+@contextmanager
+def _turns(path: Path) -> Iterator[None]:
+    """Let one process at a time in; switching to WAL does not wait for other connections."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-        try:
-            found = connection.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            elif found != SCHEMA_VERSION:
-                raise EngineError(f"{path}: schema {found}, this build reads {SCHEMA_VERSION}; use a new log file")
-        finally:
-            connection.close()
+        yield
+
+
+def _use_file(path: Path) -> BinaryIO:
+    return path.with_name(f"{path.name}.use").open("ab")
+
+
+def _try_lock(stream: BinaryIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

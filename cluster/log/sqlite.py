@@ -4,8 +4,9 @@ In:  events, past interactions, items, consumers' offsets.  Out: sequence number
 Knows nothing of HTTP, models or training.
 
 An ack (a returned `Appended`) means that the event survives a crash of any process and a power loss. Sequence numbers
-start at 1 and have no gaps; an `event_id` has one place in the log for ever. User history is written in the event's own
-transaction, so it always equals the fold of the log over `INTERACTION_KINDS`, after the imported past (seq <= 0).
+start at 1 and have no gaps; an `event_id` has one place in the log for ever (or `log.dedupe_events`). User history is
+written in the event's own transaction, so it always equals the fold of the log over `INTERACTION_KINDS`, after the
+imported past (seq <= 0). Older events are sealed to Parquet (sealing.py); reading does not show where an event is.
 """
 
 import sqlite3
@@ -16,14 +17,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 
 from cluster.catalogue import Item
 from cluster.errors import EngineError
 from cluster.events import INTERACTION_KINDS, Event
-from cluster.log import schema
+from cluster.log import schema, verification
 from cluster.log.commit import GroupCommit
 from cluster.log.records import (
     EVENT_COLUMNS,
@@ -39,35 +40,48 @@ from cluster.log.records import (
     item_row,
     logged_event,
 )
+from cluster.log.retention import SEGMENT_COLUMNS, LogConfig, segment_from
+from cluster.log.sealing import SEALED_HEAD, Sealer, hash_id
 from cluster.log.seeds import build_seed, count_seeded, write_seed
+from cluster.log.segments import Segment, SegmentReader, segments_folder
 
 NO_BOUND = 2**63 - 1
 WRITER_CACHE_BYTES = 64 << 20
 READER_CACHE_BYTES = 8 << 20
 
 HISTORY_COLUMNS = "user_id, seq, item_id, kind, value, ts_us"
-CHOSEN = ", ".join(f"'{kind}'" for kind in sorted(INTERACTION_KINDS))
-FOLD = f"SELECT {HISTORY_COLUMNS} FROM events WHERE kind IN ({CHOSEN})"
-LIVE_HISTORY = f"SELECT {HISTORY_COLUMNS} FROM user_history WHERE seq > 0"
 INSERT_HISTORY = f"INSERT INTO user_history ({HISTORY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 INSERT_EVENT = (
-    f"INSERT INTO events (acked_us, {', '.join(EVENT_COLUMNS)}) VALUES (?{', ?' * len(EVENT_COLUMNS)}) "
+    f"INSERT INTO events (seq, acked_us, {', '.join(EVENT_COLUMNS)}) VALUES (?, ?{', ?' * len(EVENT_COLUMNS)}) "
     "ON CONFLICT (event_id) DO NOTHING RETURNING seq"
 )
 READ_EVENTS = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+FIND_SEGMENT = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE last_seq > ? ORDER BY last_seq LIMIT 1"
+FIND_SEALED_ID = "SELECT seq FROM sealed_ids WHERE id_hash = ?"
+HEAD = f"SELECT coalesce((SELECT max(seq) FROM events), ({SEALED_HEAD}))"
+NEWEST_OF_USER = """
+SELECT max(
+    coalesce((SELECT max(seq) FROM events WHERE user_id = :user AND seq < :bound), 0),
+    coalesce((SELECT seq FROM sealed_users WHERE user_id = :user AND seq < :bound), 0),
+    coalesce((SELECT max(seq) FROM user_history WHERE user_id = :user AND seq < :bound), 0)
+)
+"""
 READ_ITEMS = f"SELECT item_seq, {', '.join(ITEM_COLUMNS)} FROM items WHERE item_seq > ? ORDER BY item_seq LIMIT ?"
 
 
 class EventLog:
     """An open log; every method may be called from any thread."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, config: LogConfig | None = None) -> None:
         self.path = Path(path)
         self._readers: deque[sqlite3.Connection] = deque()
+        self._segments = SegmentReader(segments_folder(self.path))
         with self._engine_errors():
-            schema.create(self.path)
+            self._use = schema.enter(self.path)
             writer = schema.connect(self.path, cache_bytes=WRITER_CACHE_BYTES)
         self._writer = GroupCommit(writer, str(self.path))
+        self._sealer = Sealer(self.path, config or LogConfig(), self._reader, self._writer)
+        self._sealer.tidy()
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Write the events and return when they are durable; one whose id is known keeps its first place.
@@ -79,15 +93,37 @@ class EventLog:
     def append_async(self, events: Sequence[Event]) -> Future[list[Appended]]:
         """Do what `append` does without waiting: the future resolves when the events are durable."""
         taken = tuple(events)
-        return self._writer.submit(lambda connection: _append(connection, taken))
+        return self._writer.submit(lambda connection: self._append(connection, taken))
 
     def read(self, after_seq: int, max_events: int) -> list[LoggedEvent]:
-        """Return the next events after a sequence number, in order; empty at the head."""
-        return [logged_event(row) for row in self._rows(READ_EVENTS, (after_seq, max_events))]
+        """Return the next events after a sequence number, in order; empty at the head.
+
+        What retention has dropped is passed over. Raises `EngineError` where a sealed event cannot be read.
+        """
+        events: list[LoggedEvent] = []
+        while len(events) < max_events:
+            segment, rows = self._look(after_seq, max_events - len(events))
+            if segment is None:
+                return events + [logged_event(row) for row in rows]
+            try:
+                events += self._segments.read(segment, after_seq, max_events - len(events))
+            except FileNotFoundError as error:
+                if self._look(after_seq, 1)[0] == segment:  # not dropped meanwhile: it is gone
+                    raise EngineError(
+                        f"{self._segments.folder / segment.file_name}: is missing; restore it, or "
+                        "`recloop events verify --repair` goes on without it"
+                    ) from error
+                continue
+            after_seq = events[-1].seq if len(events) == max_events else segment.last_seq
+        return events
+
+    def seal(self) -> list[Segment]:
+        """Seal all but the newest `log.seal_after_events` events, and drop what retention says."""
+        return self._sealer.seal(whole_only=False)
 
     def head_seq(self) -> int:
         """Return the newest sequence number; 0 for an empty log."""
-        return self._rows("SELECT coalesce(max(seq), 0) FROM events")[0][0]
+        return self._rows(HEAD)[0][0]
 
     def commit_offset(self, consumer: str, seq: int) -> None:
         """Remember durably how far a consumer has come."""
@@ -100,14 +136,18 @@ class EventLog:
         return rows[0][0] if rows else 0
 
     def user_state(self, user_id: str, max_history: int, before_seq: int | None = None) -> UserState:
-        """Return the user's last interactions and newest event, as they were before `before_seq` if that is given."""
+        """Return the user's last interactions and newest event, as they were before `before_seq` if that is given.
+
+        Where `before_seq` is among sealed events, the newest event is the newest interaction.
+        """
         bound = NO_BOUND if before_seq is None else before_seq
-        newest = "SELECT coalesce(max(seq), 0) FROM events WHERE user_id = ? AND seq < ?"
         recent = (
             "SELECT item_id, kind, value, ts_us, seq FROM user_history WHERE user_id = ? AND seq < ? "
             "ORDER BY seq DESC LIMIT ?"
         )
-        seq = self._rows(newest, (user_id, bound))[0][0]  # first, so that the history holds at least up to it
+        seq = self._rows(NEWEST_OF_USER, {"user": user_id, "bound": bound})[0][
+            0
+        ]  # first, so that the history holds at least up to it
         rows = self._rows(recent, (user_id, bound, max_history))
         return UserState(history=tuple(Interaction(*row) for row in reversed(rows)), seq=seq)
 
@@ -142,18 +182,16 @@ class EventLog:
 
     def verify(self) -> VerifyReport:
         """Check the whole log against itself and its file; reads everything."""
-        with self._reader() as connection:
-            connection.execute("BEGIN")  # one snapshot for all that is compared
-            try:
-                return _verify(connection)
-            finally:
-                connection.execute("COMMIT")
+        with self._snapshot() as connection:
+            return verification.verify(connection, self._segments)
 
     def close(self) -> None:
         """Finish what is queued and close the file; further appends raise `EngineError`."""
+        self._sealer.close()
         self._writer.close()
         while self._readers:
             self._readers.pop().close()
+        self._use.close()
 
     def __enter__(self) -> Self:
         return self
@@ -163,7 +201,31 @@ class EventLog:
     ) -> None:
         self.close()
 
-    def _rows(self, statement: str, values: Row = ()) -> list[Row]:
+    def _append(self, connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
+        appended = _append(connection, events)
+        if appended and appended[-1].seq >= self._sealer.next_seq:
+            self._sealer.wake()
+        return appended
+
+    def _look(self, after_seq: int, max_events: int) -> tuple[Segment | None, list[Row]]:
+        """Return the segment that holds the next event, or the next rows where it is not sealed."""
+        with self._snapshot() as connection:
+            found = connection.execute(FIND_SEGMENT, (after_seq,)).fetchone()
+            if found is not None:
+                return segment_from(found), []
+            return None, connection.execute(READ_EVENTS, (after_seq, max_events)).fetchall()
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection on which everything is as it is at the first look."""
+        with self._reader() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("COMMIT")
+
+    def _rows(self, statement: str, values: Row | dict[str, Any] = ()) -> list[Row]:
         with self._reader() as connection:
             return connection.execute(statement, values).fetchall()
 
@@ -190,15 +252,23 @@ class EventLog:
 
 def _append(connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
     acked_us = time.time_ns() // 1_000
-    return [_append_one(connection, event, acked_us) for event in events]
+    sealed = connection.execute("SELECT 1 FROM sealed_ids LIMIT 1").fetchone() is not None
+    seq = connection.execute(HEAD).fetchone()[0]  # SQLite would count from 1 again after the last row is sealed
+    appended = []
+    for event in events:
+        entry = _append_one(connection, event, seq + 1, acked_us, sealed=sealed)
+        seq = max(seq, entry.seq)
+        appended.append(entry)
+    return appended
 
 
-def _append_one(connection: sqlite3.Connection, event: Event, acked_us: int) -> Appended:
-    written = connection.execute(INSERT_EVENT, (acked_us, *event_row(event))).fetchall()
+def _append_one(connection: sqlite3.Connection, event: Event, seq: int, acked_us: int, *, sealed: bool) -> Appended:
+    if sealed and (known := connection.execute(FIND_SEALED_ID, (hash_id(event.event_id),)).fetchone()):
+        return Appended(event.event_id, known[0], duplicate=True)
+    written = connection.execute(INSERT_EVENT, (seq, acked_us, *event_row(event))).fetchall()
     if not written:
         first = connection.execute("SELECT seq FROM events WHERE event_id = ?", (event.event_id,)).fetchone()
         return Appended(event.event_id, first[0], duplicate=True)
-    seq = written[0][0]
     if event.kind in INTERACTION_KINDS:
         entry = (event.user_id, seq, event.item_id, event.kind, event.value, event.ts_us)
         connection.execute(INSERT_HISTORY, entry)
@@ -214,23 +284,3 @@ def _put_items(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
     )
     connection.executemany(statement, ((number, *row) for number, row in enumerate(rows, head + 1)))
     return head + len(rows)
-
-
-def _verify(connection: sqlite3.Connection) -> VerifyReport:
-    def one(statement: str) -> Row:
-        return connection.execute(statement).fetchone()
-
-    events, ids, first_seq, last_seq = one(
-        "SELECT count(*), count(DISTINCT event_id), coalesce(min(seq), 0), coalesce(max(seq), 0) FROM events"
-    )
-    missing = one(f"SELECT count(*) FROM ({FOLD} EXCEPT {LIVE_HISTORY})")[0]
-    surplus = one(f"SELECT count(*) FROM ({LIVE_HISTORY} EXCEPT {FOLD})")[0]
-    return VerifyReport(
-        events=events,
-        first_seq=first_seq,
-        last_seq=last_seq,
-        gaps=last_seq - events,
-        duplicates=events - ids,
-        state_mismatches=missing + surplus,
-        integrity=one("PRAGMA integrity_check(1)")[0],
-    )
