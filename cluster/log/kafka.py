@@ -26,10 +26,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
 from cluster.catalogue import Item
 from cluster.errors import EngineError, InvalidEventError
 from cluster.events import Event, parse_event
 from cluster.log.records import ITEM_COLUMNS, Appended, item_row
+from cluster.log.retention import LogConfig
 from cluster.log.sqlite import EventLog, _put_items
 
 BATCH_MESSAGES = 1_000
@@ -60,14 +64,12 @@ class _Waiter:
 class KafkaLog(EventLog):
     """A topic and this node's fold of it; every method may be called from any thread."""
 
-    def __init__(self, path: str | Path, *, servers: str, topic: str, **options: Any) -> None:  # noqa: ANN401  (`EventLog`'s)
+    def __init__(self, path: str | Path, *, servers: str, topic: str, config: LogConfig | None = None) -> None:
         """Open the fold at `path` and follow `topic` at `servers` (host:port, …), which is made where it is missing.
 
         Raises `EngineError` where no broker answers or the topic has several partitions.
         """
-        from confluent_kafka import Producer
-
-        super().__init__(path, **options)
+        super().__init__(path, config)
         self._servers, self.topic = servers, topic
         self._writer.submit(lambda connection: connection.execute(TABLE).rowcount).result()
         _ensure_topic(servers, topic)
@@ -176,8 +178,6 @@ class KafkaLog(EventLog):
             yield False
 
     def _fold(self) -> None:
-        from confluent_kafka import Consumer, KafkaError, TopicPartition
-
         consumer = Consumer(
             {"bootstrap.servers": self._servers, "group.id": f"recloop-{self.topic}", "enable.auto.commit": False}
             | {"auto.offset.reset": "error", "isolation.level": "read_committed", "fetch.wait.max.ms": 10},
@@ -270,9 +270,6 @@ class KafkaLog(EventLog):
 
 
 def _ensure_topic(servers: str, topic: str) -> None:
-    from confluent_kafka import KafkaException
-    from confluent_kafka.admin import AdminClient, NewTopic
-
     admin = AdminClient({"bootstrap.servers": servers}, logger=log)
     try:
         found = admin.list_topics(timeout=DELIVERY_S).topics.get(topic)

@@ -48,16 +48,16 @@ from cluster.log.segments import Segment, SegmentReader, segments_folder
 NO_BOUND = 2**63 - 1
 WRITER_CACHE_BYTES = 64 << 20
 READER_CACHE_BYTES = 8 << 20
+IDS_AT_ONCE = 500
+"""Ids in one question; SQLite takes 32,766 values, and prepares a statement for each number of them."""
 
 HISTORY_COLUMNS = "user_id, seq, item_id, kind, value, ts_us"
 INSERT_HISTORY = f"INSERT INTO user_history ({HISTORY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 INSERT_EVENT = (
-    f"INSERT INTO events (seq, acked_us, {', '.join(EVENT_COLUMNS)}) VALUES (?, ?{', ?' * len(EVENT_COLUMNS)}) "
-    "ON CONFLICT (event_id) DO NOTHING RETURNING seq"
+    f"INSERT INTO events (seq, acked_us, {', '.join(EVENT_COLUMNS)}) VALUES (?, ?{', ?' * len(EVENT_COLUMNS)})"
 )
 READ_EVENTS = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
 FIND_SEGMENT = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE last_seq > ? ORDER BY last_seq LIMIT 1"
-FIND_SEALED_ID = "SELECT seq FROM sealed_ids WHERE id_hash = ?"
 HEAD = f"SELECT coalesce((SELECT max(seq) FROM events), ({SEALED_HEAD}))"
 NEWEST_OF_USER = """
 SELECT max(
@@ -252,27 +252,41 @@ class EventLog:
 
 def _append(connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
     acked_us = time.time_ns() // 1_000
-    sealed = connection.execute("SELECT 1 FROM sealed_ids LIMIT 1").fetchone() is not None
-    seq = connection.execute(HEAD).fetchone()[0]  # SQLite would count from 1 again after the last row is sealed
-    appended = []
+    known = _find_known(connection, [event.event_id for event in events])
+    head = connection.execute(HEAD).fetchone()[0]  # SQLite would count from 1 again after the last row is sealed
+    appended, fresh = [], []
     for event in events:
-        entry = _append_one(connection, event, seq + 1, acked_us, sealed=sealed)
-        seq = max(seq, entry.seq)
-        appended.append(entry)
+        first_seq = known.get(event.event_id)
+        if first_seq is None:
+            first_seq = known[event.event_id] = head + len(fresh) + 1
+            fresh.append((first_seq, event))
+            appended.append(Appended(event.event_id, first_seq, duplicate=False))
+        else:
+            appended.append(Appended(event.event_id, first_seq, duplicate=True))
+    connection.executemany(INSERT_EVENT, [(seq, acked_us, *event_row(event)) for seq, event in fresh])
+    chosen = [
+        (event.user_id, seq, event.item_id, event.kind, event.value, event.ts_us)
+        for seq, event in fresh
+        if event.kind in INTERACTION_KINDS
+    ]
+    connection.executemany(INSERT_HISTORY, chosen)
     return appended
 
 
-def _append_one(connection: sqlite3.Connection, event: Event, seq: int, acked_us: int, *, sealed: bool) -> Appended:
-    if sealed and (known := connection.execute(FIND_SEALED_ID, (hash_id(event.event_id),)).fetchone()):
-        return Appended(event.event_id, known[0], duplicate=True)
-    written = connection.execute(INSERT_EVENT, (seq, acked_us, *event_row(event))).fetchall()
-    if not written:
-        first = connection.execute("SELECT seq FROM events WHERE event_id = ?", (event.event_id,)).fetchone()
-        return Appended(event.event_id, first[0], duplicate=True)
-    if event.kind in INTERACTION_KINDS:
-        entry = (event.user_id, seq, event.item_id, event.kind, event.value, event.ts_us)
-        connection.execute(INSERT_HISTORY, entry)
-    return Appended(event.event_id, seq, duplicate=False)
+def _find_known(connection: sqlite3.Connection, event_ids: Sequence[str]) -> dict[str, int]:
+    """Return the places of those ids that are in the log."""
+    known: dict[str, int] = {}
+    sealed = connection.execute("SELECT 1 FROM sealed_ids LIMIT 1").fetchone() is not None
+    for start in range(0, len(event_ids), IDS_AT_ONCE):
+        asked = event_ids[start : start + IDS_AT_ONCE]
+        marks = ", ".join("?" * len(asked))
+        known |= connection.execute(f"SELECT event_id, seq FROM events WHERE event_id IN ({marks})", asked).fetchall()
+        if sealed:
+            hashes = {hash_id(event_id): event_id for event_id in asked}
+            found = f"SELECT id_hash, seq FROM sealed_ids WHERE id_hash IN ({marks})"
+            hashed = [*hashes, *[None] * (len(asked) - len(hashes))]
+            known |= ((hashes[id_hash], seq) for id_hash, seq in connection.execute(found, hashed))
+    return known
 
 
 def _put_items(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
