@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 from cluster.errors import ConfigError
 
 SECTIONS: Mapping[str, str] = types.MappingProxyType(
     {
         "engine": "cluster.config:EngineConfig",
+        "log": "cluster.log.retention:LogConfig",
         "data": "training.stream:DataConfig",
         "encoder": "embeddings.text_encoder:EncoderConfig",
         "tables": "embeddings.tables:TablesConfig",
@@ -52,11 +53,18 @@ class EngineConfig:
     """CPUs a private Ray hands out; none takes the machine's, four at least."""
     registry_uri: str | None = None
     """Folder or object-store URI of the registry; none is `registry/` under the home folder."""
+    log: Literal["sqlite", "kafka"] = "sqlite"
+    """Where events are durable: in the home folder's file, or in a topic that every node folds into its own file."""
+    kafka_servers: str = "127.0.0.1:9092"
+    """Brokers, as host:port separated by commas."""
+    kafka_topic: str = "recloop-events"
+    """A topic of one partition; made where it is missing."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not self.ray_address:
-            raise ConfigError('engine.ray_address="": must be an address; try "local"')
+        for name in ("ray_address", "kafka_servers", "kafka_topic"):
+            if not getattr(self, name):
+                raise ConfigError(f'engine.{name}="": must not be empty; leave it out for the default')
         if self.logical_cpus is not None and self.logical_cpus < 1:
             raise ConfigError(f"engine.logical_cpus={self.logical_cpus}: must be at least 1")
 

@@ -24,12 +24,12 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import Recipe
+from cluster.config import EngineConfig, Recipe
 from cluster.dataset import Dataset
-from cluster.engine import open_registry
+from cluster.engine import open_log, open_registry
 from cluster.errors import EngineError
 from cluster.home import Home
-from cluster.log import EventLog
+from cluster.log.retention import LogConfig
 from cluster.ray_session import serve_http
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
@@ -60,6 +60,8 @@ class IngressSettings:
 
     registry_uri: str
     log_path: Path
+    engine: EngineConfig
+    log: LogConfig
     serve: ServeConfig
     policy: PolicyConfig
 
@@ -74,7 +76,7 @@ class Ingress:
         torch.set_num_threads(config.torch_threads)
         loop = asyncio.get_running_loop()
         registry, metrics = Registry(settings.registry_uri), Metrics()
-        self._log = EventLog(settings.log_path)
+        self._log = open_log(settings.engine, settings.log, settings.log_path)
         encode = RemoteEncoder(encoder, loop, config.encoder_timeout_s).encode
         catalogue = LiveCatalogue(self._log, encode)
         interval_s = config.poll_interval_ms / 1e3
@@ -148,7 +150,12 @@ def _resolve(config: ServeConfig, registry: Registry) -> ServeConfig:
 def _build_app(recipe: Recipe, home: Home, registry: Registry, config: ServeConfig) -> "Application":
     trained_with = Recipe.from_toml(registry.open_version(registry.current().version).text("recipe.toml"))
     settings = IngressSettings(
-        registry_uri=registry.uri, log_path=home.log, serve=config, policy=recipe.section(PolicyConfig)
+        registry_uri=registry.uri,
+        log_path=home.log,
+        engine=recipe.section(EngineConfig),
+        log=recipe.section(LogConfig),
+        serve=config,
+        policy=recipe.section(PolicyConfig),
     )
     ingress = Ingress.options(
         num_replicas=config.replicas,

@@ -56,6 +56,7 @@ max_k = 500
 """
 SECTIONS = {
     "engine": "cluster.config:EngineConfig",
+    "log": "cluster.log.retention:LogConfig",
     "encoder": "embeddings.text_encoder:EncoderConfig",
     "tables": "embeddings.tables:TablesConfig",
     "model": "training.models.two_stage:ModelConfig",

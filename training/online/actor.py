@@ -19,11 +19,11 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from cluster.config import Recipe
-from cluster.engine import open_registry
+from cluster.config import EngineConfig, Recipe
+from cluster.engine import open_log, open_registry
 from cluster.errors import EngineError
 from cluster.home import Home
-from cluster.log import EventLog
+from cluster.log.retention import LogConfig
 from embeddings.tables import device_type
 from training.online.learner import OnlineConfig, OnlineLearner
 
@@ -42,7 +42,7 @@ class OnlineTrainer:
         torch.set_num_threads(1)
         self._recipe, self._config = recipe, recipe.section(OnlineConfig)
         self._registry = open_registry(recipe, home)
-        self._log = EventLog(home.log)
+        self._log = open_log(recipe.section(EngineConfig), recipe.section(LogConfig), home.log)
         self._cache_folder = home.cache
         self._stopping = threading.Event()
         self._ready = threading.Event()
