@@ -1,4 +1,4 @@
-"""`recloop events`: show the newest events of the log, or check the log against itself.
+"""`recloop events`: show, check, repair, seal, export or replay the log.
 
 In:  the home's event log.  Out: events, or a report; exit code 5 where the log does not hold.
 Knows nothing of who wrote or learns from them.
@@ -8,39 +8,111 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from cluster.errors import EngineError
-from cluster.home import Home
+from cluster.config import SECTIONS, load_recipe
+from cluster.errors import ConfigError, EngineError
+from cluster.home import Home, find_home
 from cluster.log import EventLog, LoggedEvent
+from cluster.log.repair import RepairReport, repair_log
+from cluster.log.retention import LogConfig
+from cluster.log.transfer import export_events, replay_events
 from cluster.output import Result
 
 POLL_S = 0.2
 BATCH_EVENTS = 1_000
+LOG_SECTIONS = {**SECTIONS, "log": "cluster.log.retention:LogConfig"}
 
 
 def run(args: argparse.Namespace) -> Result | None:
     """Do what `args.action` says."""
+    if args.action in ("export", "replay") and args.to is None:
+        what = "a folder for the dataset" if args.action == "export" else "the home whose log takes the events"
+        raise ConfigError(f"recloop events {args.action}: --to is missing; name {what}")
+    return ACTIONS[args.action](args)
+
+
+def _tail(args: argparse.Namespace) -> Result | None:
     with open_log(args.home) as log:
-        if args.action == "verify":
-            return _verify(log)
         if args.follow:
             _follow(log, args.last)
         newest = log.read(max(log.head_seq() - args.last, 0), args.last)
         return {"log": str(log.path), "events": [_row(logged) for logged in newest]}
 
 
-def open_log(home: Home) -> EventLog:
+def _seal(args: argparse.Namespace) -> Result:
+    config = load_recipe(args.recipe, args.overrides, sections=LOG_SECTIONS).section(LogConfig)
+    with open_log(args.home, config) as log:
+        segments = log.seal()
+        return {
+            "log": str(log.path),
+            "sealed_events": sum(segment.rows for segment in segments),
+            "segments": [dataclasses.asdict(segment) for segment in segments],
+        }
+
+
+def _export(args: argparse.Namespace) -> Result:
+    with open_log(args.home) as log:
+        dataset = export_events(log, Path(args.to), args.first_seq, args.last_seq)
+    return {"dataset": str(dataset.path), "events": dataset.info.events, "items": dataset.info.items}
+
+
+def _replay(args: argparse.Namespace) -> Result:
+    target = find_home(args.to)
+    if target.path == args.home.path:
+        raise ConfigError(f"--to {args.to}: is the home that is read; name another one")
+    with open_log(args.home) as log, EventLog(target.ensure().log) as other:
+        new, known = replay_events(log, other, args.first_seq, args.last_seq)
+        return {"log": str(other.path), "appended": new, "duplicates": known, "head_seq": other.head_seq()}
+
+
+def open_log(home: Home, config: LogConfig | None = None) -> EventLog:
     """Open the home's log; raises `EngineError` where there is none yet."""
-    if not home.log.exists():
+    _require_log(home)
+    return EventLog(home.log, config)
+
+
+def _require_log(home: Home) -> None:
+    if not (home.log.exists() or home.log.with_name(f"{home.log.name}.swap").exists()):
         raise EngineError(f"{home.log}: no event log here yet; `recloop serve` starts one, or name another --home")
-    return EventLog(home.log)
 
 
-def _verify(log: EventLog) -> Result:
-    report = log.verify()
-    if not report.sound:
-        raise EngineError(f"{log.path}: does not hold: {json.dumps(dataclasses.asdict(report))}")
-    return {"log": str(log.path), **dataclasses.asdict(report)}
+def _verify(args: argparse.Namespace) -> Result:
+    _require_log(args.home)
+    repair = None
+    try:
+        wrong, report = _check(args.home)
+    except EngineError as error:
+        wrong, report = str(error), {}
+    if wrong and args.repair:
+        repair = repair_log(args.home.log)
+        wrong, report = _check(args.home)
+    if wrong:
+        raise EngineError(wrong)
+    return {**report, **(_describe_repair(repair) if args.repair else {})}
+
+
+def _check(home: Home) -> tuple[str, Result]:
+    """Return what is wrong with a log, in words, and its figures."""
+    with EventLog(home.log) as log:
+        report = log.verify()
+    figures = dataclasses.asdict(report)
+    wrong = "" if report.sound else f"{home.log}: does not hold: {json.dumps(figures)}; try --repair"
+    return wrong, {"log": str(home.log), **figures}
+
+
+def _describe_repair(repair: RepairReport | None) -> Result:
+    if repair is None:
+        return {"repaired": False}
+    return {
+        "repaired": True,
+        "rewritten_segments": repair.rewritten_segments,
+        "lost_ranges": [f"{first}-{last}" for first, last in repair.lost],
+        "unreadable": list(repair.unreadable),
+        "forgotten_seeds": list(repair.forgotten_seeds),
+        "kept": repair.kept,
+    }
 
 
 def _follow(log: EventLog, last: int) -> None:
@@ -65,3 +137,12 @@ def _row(logged: LoggedEvent) -> Result:
         "version": event.version,
         "event_id": event.event_id,
     }
+
+
+ACTIONS: Mapping[str, Callable[[argparse.Namespace], Result | None]] = {
+    "tail": _tail,
+    "verify": _verify,
+    "seal": _seal,
+    "export": _export,
+    "replay": _replay,
+}

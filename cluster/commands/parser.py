@@ -218,12 +218,30 @@ def _versions(commands: Commands) -> _Parser:
 
 
 def _events(commands: Commands) -> _Parser:
-    summary = "show the newest events of the log, or verify it"
+    summary = "show, verify, repair, seal, export or replay the event log"
     parser = _command(
-        commands, "events", "cluster.commands.events:run", summary, "", "tail --last 50 --follow", "verify"
+        commands,
+        "events",
+        "cluster.commands.events:run",
+        summary,
+        "",
+        "tail --last 50 --follow",
+        "verify --repair",
+        "seal --set log.seal_after_events=100000 --set log.keep_days=90",
+        "export --to data/live --from 1 --until 50000",
+        "replay --from 1 --to other-home",
     )
-    parser.add_argument("action", nargs="?", choices=["tail", "verify"], default="tail")
+    actions = ["tail", "verify", "seal", "export", "replay"]
+    parser.add_argument("action", nargs="?", choices=actions, default="tail")
     parser.add_argument("--last", metavar="N", type=_positive, default=10, help="how many; default: %(default)s")
+    parser.add_argument("--repair", action="store_true", help="verify: save what can be read of a damaged log")
+    parser.add_argument(
+        "--to", metavar="DIR", help="export: the dataset's folder; replay: the home that takes the events"
+    )
+    first = "export, replay: the first sequence number; default: %(default)s"
+    parser.add_argument("--from", metavar="SEQ", dest="first_seq", type=_positive, default=1, help=first)
+    last = "export, replay: the last one; default: the newest"
+    parser.add_argument("--until", metavar="SEQ", dest="last_seq", type=_positive, help=last)
     parser.add_argument("--follow", action="store_true", help="go on with new ones until Ctrl-C")
     return parser
 

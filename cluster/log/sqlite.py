@@ -58,7 +58,7 @@ INSERT_EVENT = (
 )
 READ_EVENTS = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
 FIND_SEGMENT = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE last_seq > ? ORDER BY last_seq LIMIT 1"
-HEAD = f"SELECT coalesce((SELECT max(seq) FROM events), ({SEALED_HEAD}))"
+HEAD = f"SELECT max(coalesce((SELECT max(seq) FROM events), 0), ({SEALED_HEAD}))"
 NEWEST_OF_USER = """
 SELECT max(
     coalesce((SELECT max(seq) FROM events WHERE user_id = :user AND seq < :bound), 0),
