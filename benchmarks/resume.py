@@ -117,9 +117,9 @@ def run_and_kill(kill: str, folder: str, home: str) -> dict[str, float]:
     told: dict[str, float] = {}
 
     def strike() -> None:
-        metrics = _wait_for(lambda: next(iter(place.runs.glob("clicks-*/metrics.jsonl")), None))
+        metrics = wait_for(lambda: next(iter(place.runs.glob("clicks-*/metrics.jsonl")), None))
         saved = f"{CHECKPOINTS_FOLDER}/step-*/{MANIFEST}"
-        whole = _wait_for(lambda: found if len(found := sorted(metrics.parent.glob(saved))) > 1 else None)
+        whole = wait_for(lambda: found if len(found := sorted(metrics.parent.glob(saved))) > 1 else None)
         if kill == "worker":
             _train_workers()[0].kill()
         else:
@@ -127,7 +127,7 @@ def run_and_kill(kill: str, folder: str, home: str) -> dict[str, float]:
             victim = next(node for node in nodes if _raylet_pid(node) in busy)
             cluster.remove_node(victim, allow_graceful=False)
         told["struck_s"] = time.monotonic()
-        told["steps_lost"] = _steps_done(metrics) - SavedCheckpoint.read(whole[-1].parent).position.steps
+        told["steps_lost"] = steps_done(metrics) - SavedCheckpoint.read(whole[-1].parent).position.steps
 
     if kill != "nothing":
         threading.Thread(target=strike, daemon=True).start()
@@ -171,7 +171,8 @@ def _in_process(run: Callable[..., dict[str, float]], **arguments: str) -> dict[
         return pool.apply(run, kwds=arguments)
 
 
-def _steps_done(metrics: Path) -> int:
+def steps_done(metrics: Path) -> int:
+    """Return the steps that the newest line of a run's metrics states."""
     return json.loads(metrics.read_text().splitlines()[-1])["steps"]
 
 
@@ -184,7 +185,8 @@ def _raylet_pid(node: Any) -> int:  # noqa: ANN401  (Ray's own class of a node i
     return node.all_processes["raylet"][0].process.pid
 
 
-def _wait_for(look: Callable[[], Any]) -> Any:  # noqa: ANN401  (whatever `look` returns)
+def wait_for(look: Callable[[], Any]) -> Any:  # noqa: ANN401  (whatever `look` returns)
+    """Look again and again until something is seen; raises `EngineError` when nothing was for too long."""
     give_up_s = time.monotonic() + PATIENCE_S
     while not (found := look()):
         if time.monotonic() > give_up_s:

@@ -40,8 +40,10 @@ def fit_on_workers(
     `EngineError`.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from training.interface import ReachableTorchConfig
 
     module, _, name = train_function.partition(":")
     cuda = device_type() == "cuda"
@@ -49,7 +51,7 @@ def fit_on_workers(
     trainer = TorchTrainer(
         getattr(importlib.import_module(module), name),
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        torch_config=ReachableTorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
             name="ray",
