@@ -5,6 +5,10 @@ commit.py   one writer thread that commits what many threads submit together
 seeds.py    the past that is imported before the first event
 schema.py   the tables, and connections to them
 records.py  what goes in and out, and how an event becomes a row
+kafka.py    `KafkaLog`: the same on a topic that every node folds
+segments.py, sealing.py, retention.py                   older events in Parquet files
+verification.py, repair.py, salvage.py, pages.py, wal.py, swap.py   is it sound, and what a damaged file still holds
+transfer.py events out of a log, into a dataset or another log
 """
 
 from cluster.log.records import Appended, Interaction, LoggedEvent, UserState, VerifyReport
