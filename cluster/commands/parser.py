@@ -208,12 +208,20 @@ def _demo(commands: Commands) -> _Parser:
 def _versions(commands: Commands) -> _Parser:
     summary = "list versions, show one, compare two, promote one, or roll back to the one before"
     examples = ("", "show 1.37", "diff 1.0 1.37", "promote 1.37 --reason 'better'", "rollback")
+    examples += ("rollback --without-seqs 1200..1450", "rollback --without-user u7 --reason 'a bot'")
     parser = _command(commands, "versions", "cluster.commands.versions:run", summary, *examples)
     actions = ["list", "show", "diff", "promote", "rollback"]
     parser.add_argument("action", nargs="?", choices=actions, default="list")
     parser.add_argument("version", nargs="?", metavar="V", help="such as 1 or 1.37")
     parser.add_argument("other", nargs="?", metavar="W", help="diff: to which version; default: the promoted one")
     parser.add_argument("--reason", default="", help="kept in the registry's history")
+    undo = parser.add_argument_group("rollback: undo some learning by replaying the log without it; may be repeated")
+    undo.add_argument(
+        "--without-seqs", metavar="FIRST..LAST", type=_seq_range, action="append", default=[], help="events by number"
+    )
+    undo.add_argument(
+        "--without-user", metavar="ID", dest="without_users", action="append", default=[], help="a user's events"
+    )
     return parser
 
 
@@ -276,6 +284,11 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def _seq_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("..")
+    return _positive(first), _positive(last or first)
 
 
 def _natural(text: str) -> int:

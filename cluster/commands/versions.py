@@ -1,7 +1,8 @@
 """`recloop versions`: list what is published, show one, compare two, promote, roll back.
 
 In:  the home's registry.  Out: rows of versions, what one states, what changed, or the move that was made.
-Knows nothing of what a version holds: comparing two is training/models/compare.py's.
+Knows nothing of what a version holds: comparing two is training/models/compare.py's, undoing some of its learning
+training/online/undo.py's.
 """
 
 import argparse
@@ -18,9 +19,13 @@ from cluster.registry import Registry
 
 def run(args: argparse.Namespace) -> Result:
     """Do what `args.action` says."""
-    registry = open_registry(load_recipe(args.recipe, args.overrides), args.home)
+    recipe = load_recipe(args.recipe, args.overrides)
+    registry = open_registry(recipe, args.home)
     if args.action == "list":
         return _list(registry)
+    if args.action == "rollback" and (args.without_seqs or args.without_users):
+        undo = load_target("training.online.undo:undo_learning")
+        return undo(recipe, args.home, args.without_seqs, args.without_users, args.reason)
     if args.action == "rollback":
         return _promote(registry, _previous(registry), args.reason or "rollback")
     if not args.version:

@@ -5,4 +5,6 @@ learner.py    what a step of that is, and what becomes of it: a delta, a rollbac
 model.py      a version taken up for further training, and what changed in it
 sequences.py  histories from the log as sequences to learn from
 guard.py      progressive validation: whether what was learned may be served
+exclusions.py what of the log is not learned from
+undo.py       a version as if some of the log had not been learned from
 """

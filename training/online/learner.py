@@ -33,6 +33,7 @@ from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.models.version import ROOT, Change, VersionState, read_version, write_delta, write_version
+from training.online.exclusions import Exclusions
 from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.model import LiveModel
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
@@ -139,6 +140,7 @@ class OnlineLearner:
         self._item_seq = 0
         metrics = self.registry.manifest(ref).metrics
         self.events_total, self.set_aside_total = (int(metrics.get(name, 0)) for name in (EVENTS, SET_ASIDE))
+        self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self._start_delta()
 
     def _start_delta(self) -> None:
@@ -154,9 +156,11 @@ class OnlineLearner:
         return self.log.read(self.applied_seq, min(wanted, self.config.max_events, self.live.dense.config.max_history))
 
     def learn(self, events: Sequence[LoggedEvent]) -> None:
-        """Predict and then learn the events that follow the last learned one in the log."""
+        """Predict and then learn the events that follow the last learned one in the log, but for those left out."""
         self._describe_put_items()
-        interactions = [logged for logged in events if logged.event.kind in INTERACTION_KINDS]
+        counted = [logged for logged in events if not self.exclusions.covers(logged.seq, logged.event.user_id)]
+        self.set_aside_total += len(events) - len(counted)
+        interactions = [logged for logged in counted if logged.event.kind in INTERACTION_KINDS]
         for logged in interactions:
             self.live.count(logged.event.item_id, logged.event.user_id)
         histories = self._histories(interactions)
@@ -223,7 +227,7 @@ class OnlineLearner:
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
         self.ref = draft.publish(
             offset=self.applied_seq,
-            metrics=totals | metrics,
+            metrics=totals | self.exclusions.metrics() | metrics,
             parent=self.ref,
             promote_from=promote_from or self.ref,
         )
@@ -325,7 +329,11 @@ class OnlineLearner:
 
     def _history(self, user_id: str, first_new_seq: int, last_seq: int) -> LiveHistory | None:
         state = self.log.user_state(user_id, self.live.dense.config.max_history + 1, before_seq=last_seq + 1)
-        known = [entry for entry in state.history if self.live.items.row(entry.item_id) != UNKNOWN_ROW]
+        known = [
+            entry
+            for entry in state.history
+            if self.live.items.row(entry.item_id) != UNKNOWN_ROW and not self.exclusions.covers(entry.seq, user_id)
+        ]
         if len(known) < 2 or known[-1].seq < first_new_seq:
             return None
         return LiveHistory(self.live.users.row(user_id), known, first_new_seq)

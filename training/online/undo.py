@@ -1,0 +1,117 @@
+"""Undo learning: as if ranges of events, or users, had never been learned from.
+
+In:  the registry, the log, what to leave out.  Out: a promoted version from before it, from where the trainer goes on.
+Knows nothing of how learning works: the trainer (learner.py) replays the log from that version's offset and leaves out
+what the version says. Until it has caught up, what is served lacks the newest learning too. User state is not touched.
+"""
+
+from collections.abc import Sequence
+
+from cluster.config import EngineConfig, Recipe
+from cluster.engine import open_log, open_registry
+from cluster.errors import ConfigError, RegistryError
+from cluster.home import Home
+from cluster.log import EventLog
+from cluster.log.retention import LogConfig
+from cluster.manifest import Manifest, VersionRef
+from cluster.output import Result
+from cluster.registry import Registry
+from training.models.version import ROOT, read_version, write_version
+from training.online.exclusions import Exclusions
+from training.online.learner import EVENTS, SET_ASIDE
+
+UNDONE = "some learning undone"
+"""Reason with which the pointer moves when none is given."""
+READ_EVENTS = 10_000
+
+
+def undo_learning(
+    recipe: Recipe, home: Home, ranges: Sequence[tuple[int, int]], users: Sequence[str], reason: str
+) -> Result:
+    """Publish a version without it, and say what the trainer will learn again: `recloop versions rollback --without-…`.
+
+    Raises as `publish_without` does.
+    """
+    registry = open_registry(recipe, home)
+    with open_log(recipe.section(EngineConfig), recipe.section(LogConfig), home.log) as log:
+        before = registry.current()
+        ref = publish_without(registry, log, ranges, users, reason)
+        learned = registry.manifest(ref)
+        return {
+            "promoted": str(ref),
+            "before": str(before),
+            "reason": reason or None,
+            "grown_from": str(learned.parent),
+            "to_learn_again": log.head_seq() - learned.last_seq,
+        } | dict(learned.metrics["excluded"])
+
+
+def publish_without(
+    registry: Registry, log: EventLog, ranges: Sequence[tuple[int, int]], users: Sequence[str], reason: str = ""
+) -> VersionRef:
+    """Publish and promote the newest state from before the first event to undo, which states what to leave out.
+
+    Raises `ConfigError` for a range that is none and for a user without an event that was learned, `RegistryError`
+    when nothing from before is left.
+    """
+    current = registry.manifest(registry.current())
+    if backwards := [f"{first}..{last}" for first, last in ranges if not 1 <= first <= last]:
+        raise ConfigError(f"--without-seqs {backwards[0]}: give the first and the last sequence number, from 1")
+    firsts = _first_events(log, users, current.last_seq)
+    if unknown := [user_id for user_id in users if user_id not in firsts]:
+        raise ConfigError(f"--without-user {unknown[0]}: {current.ref} has learned from no event of that user")
+    wanted = Exclusions(ranges=frozenset(ranges), users=dict.fromkeys(users, log.head_seq()))
+    good, kept_out = _before(registry, current, min([first for first, _ in ranges] + list(firsts.values())))
+    state = read_version(registry, good.ref, with_optimizer=True)
+    draft = registry.draft_version()
+    write_version(draft, state, registry.open_version(good.ref.version).table("history"))
+    metrics = {name: good.metrics.get(name, 0) for name in (EVENTS, SET_ASIDE)}
+    metrics |= {ROOT: _root(registry, good.ref), "rolled_back_to": str(good.ref)} | wanted.joined(kept_out).metrics()
+    ref = draft.publish(offset=good.last_seq, metrics=metrics, parent=good.ref, promote=False)
+    registry.promote(ref, reason or UNDONE)
+    return ref
+
+
+def _first_events(log: EventLog, users: Sequence[str], last_seq: int) -> dict[str, int]:
+    """Return each user's first event up to `last_seq`; a pass over the log."""
+    firsts: dict[str, int] = {}
+    seq = 0
+    while len(firsts) < len(set(users)) and seq < last_seq and (events := log.read(seq, READ_EVENTS)):
+        for logged in events:
+            if logged.event.user_id in users and logged.seq <= last_seq:
+                firsts.setdefault(logged.event.user_id, logged.seq)
+        seq = events[-1].seq
+    return firsts
+
+
+def _before(registry: Registry, current: Manifest, seq: int) -> tuple[Manifest, Exclusions]:
+    """Return the newest ancestor that has learned nothing from `seq` on, and what was set aside since.
+
+    Chains of versions long gone are dropped; the trained version that all grew from is always there.
+    """
+    set_aside = Exclusions.read(registry.manifest(VersionRef(current.ref.version)).metrics)
+    manifest = current
+    while manifest.last_seq >= seq:
+        set_aside = set_aside.joined(_set_aside_by(manifest))
+        if manifest.parent is None:
+            raise RegistryError(
+                f"{manifest.ref}: has learned up to {manifest.last_seq}; there is none from before {seq}"
+            )
+        try:
+            manifest = registry.manifest(manifest.parent)
+        except RegistryError:
+            manifest = registry.manifest(VersionRef(_root(registry, current.ref)))
+    return manifest, set_aside
+
+
+def _set_aside_by(manifest: Manifest) -> Exclusions:
+    """Return the range that the guard, or who rolled back, had set aside when this was published."""
+    if "set_aside_from_seq" in manifest.metrics:
+        return Exclusions(ranges=frozenset({(int(manifest.metrics["set_aside_from_seq"]), manifest.last_seq)}))
+    if "set_aside" in manifest.metrics and manifest.first_seq is not None:
+        return Exclusions(ranges=frozenset({(manifest.first_seq, manifest.last_seq)}))
+    return Exclusions()
+
+
+def _root(registry: Registry, ref: VersionRef) -> int:
+    return int(registry.manifest(VersionRef(ref.version)).metrics.get(ROOT, ref.version))
