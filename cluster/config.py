@@ -35,6 +35,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "policy": "training.policies:PolicyConfig",
         "online": "training.online.learner:OnlineConfig",
         "guard": "training.online.guard:GuardConfig",
+        "drift": "training.online.drift:DriftConfig",
         "serve": "serving.config:ServeConfig",
     }
 )

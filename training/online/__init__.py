@@ -4,7 +4,10 @@ actor.py      the Ray actor: read, learn, publish, for as long as it lives
 learner.py    what a step of that is, and what becomes of it: a delta, a rollback, a new version
 model.py      a version taken up for further training, and what changed in it
 sequences.py  histories from the log as sequences to learn from
+predictions.py  what weights said of interactions beforehand
+segments.py   which of them are judged apart
 guard.py      progressive validation: whether what was learned may be served
+drift.py      whether what comes in, or what is made of it, has changed
 exclusions.py what of the log is not learned from
 undo.py       a version as if some of the log had not been learned from
 """

@@ -36,8 +36,8 @@ class Exclusions:
         return {EXCLUDED: {"ranges": sorted(map(list, self.ranges)), "users": dict(sorted(self.users.items()))}}
 
     def covers(self, seq: int, user_id: str) -> bool:
-        """Whether a user's event is left out."""
-        return seq <= self.users.get(user_id, 0) or any(first <= seq <= last for first, last in self.ranges)
+        """Whether a user's event is left out; the history that training saw, numbered below 1, never is."""
+        return 1 <= seq <= self.users.get(user_id, 0) or any(first <= seq <= last for first, last in self.ranges)
 
     def joined(self, other: Self) -> Self:
         """Return what either leaves out."""

@@ -16,7 +16,7 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,12 @@ from cluster.registry import Manifest, Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
-from training.models.version import ROOT, Change, VersionState, read_version, write_delta, write_version
+from training.models.version import ROOT, Change, VersionState, log_popularity, read_version, write_delta, write_version
+from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
 from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.model import LiveModel
+from training.online.segments import NEW_USERS, Segments
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
@@ -118,6 +120,7 @@ class OnlineLearner:
         self.log = log
         self.config = recipe.section(OnlineConfig)
         self.guard_config = recipe.section(GuardConfig)
+        self.drift = DriftDetector(recipe.section(DriftConfig))
         self.cache_folder = cache_folder
         self.device = device
         self._follow_pointer(registry.current(), took_up=False)
@@ -131,6 +134,7 @@ class OnlineLearner:
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed)
         self.guard = ProgressiveValidation(self.guard_config)
+        self._segments = Segments(self.live.counts[: len(self.live.items)], len(self.live.users))
         self._good = deque([(ref, 0)])
         self.history_table = self.registry.open_version(ref.version).table("history")
         has_row = pc.is_in(self.history_table["user_id"], pa.array(self.live.users.ids, pa.string()))
@@ -166,11 +170,29 @@ class OnlineLearner:
         histories = self._histories(interactions)
         if histories:
             sequences = build_live_sequences(histories, self.live.items)
-            self._newest = sequences, self.live.predict_base(sequences)
-            self.guard.record(self.live.predict(sequences), self._newest[1])
+            self._validate(sequences)
             self._train(sequences)
         self.applied_seq = events[-1].seq
         self.pending_events += len(events)
+
+    def _validate(self, sequences: Sequences) -> None:
+        """Predict what is about to be learned, with the present weights and with those they grew from."""
+        base = self.live.predict_base(sequences)
+        target_P = sequences.target_row_BL[sequences.target_row_BL != PAD]
+        popularity_loss_P = -log_popularity(torch.from_numpy(self.live.counts[: len(self.live.items)]))[target_P]
+        segments = self._segments.of(sequences, self.live.reused_rows)
+        learned = self.live.predict(sequences)
+        self.guard.record(learned, base, popularity_loss_P, segments)
+        self.drift.record(
+            {
+                "new users": segments[NEW_USERS],
+                "popularity of items": -popularity_loss_P,
+                "confidence": learned.confidence_P,
+                "log loss": learned.loss_P,
+                "log loss above the base's": learned.loss_P - base.loss_P,
+            }
+        )
+        self._newest = sequences, base.loss_P
 
     def publish(self) -> VersionRef | None:
         """Publish a delta of what was learned since the last, or undo that learning where the guard objects.
@@ -187,7 +209,10 @@ class OnlineLearner:
             return self._set_aside(damage)
         if (objection := self.guard.objection()) is not None:
             return self._roll_back(objection)
-        ref = self._publish_delta(change, {"validation": self.guard.metrics()})
+        metrics: dict[str, object] = {"validation": self.guard.metrics()}
+        if drifts := self.drift.take():
+            metrics["drift"] = [asdict(drift) for drift in drifts]
+        ref = self._publish_delta(change, metrics)
         self._good.append((ref, self.guard.recorded))
         if ref.delta >= self.config.compact_every:
             self._publish_version({FOLDED: str(ref)})
@@ -253,7 +278,7 @@ class OnlineLearner:
         if self._newest is None:
             return None
         sequences, base_loss_P = self._newest
-        return self.guard.damage(self.live.predict(sequences), base_loss_P)
+        return self.guard.damage(self.live.predict(sequences).loss_P, base_loss_P)
 
     def _set_aside(self, objection: str) -> VersionRef:
         """Undo the learning since the last delta; a delta that changes nothing records the range and the reason."""

@@ -4,8 +4,6 @@ In:  a `VersionState`.  Out: a `Change` for the next delta; a `VersionState` for
 Knows nothing of events, of the log or of when to publish. Needs a process group of one worker.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
@@ -26,6 +24,7 @@ from training.models.version import (
     grow_rows,
     split_checkpoint,
 )
+from training.online.predictions import Predictions, predict
 from training.step import Optimizers, StepConfig, train_step
 
 
@@ -126,15 +125,13 @@ class LiveModel:
         self._touched_users.update(batch.user_row_B[batch.has_user_B].tolist())
         return losses
 
-    @torch.inference_mode()
-    def predict(self, sequences: Sequences) -> np.ndarray:
-        """Return the log loss of each target under the present weights."""
-        return _target_losses(self.dense.eval(), self._rows, self._known_text(), sequences)
+    def predict(self, sequences: Sequences) -> Predictions:
+        """Predict each target with the present weights."""
+        return predict(self.dense.eval(), self._rows, self._known_text(), sequences)
 
-    @torch.inference_mode()
-    def predict_base(self, sequences: Sequences) -> np.ndarray:
-        """Return the log loss of each target under the weights it started from."""
-        return _target_losses(self._base, self._base_rows, self._known_text(), sequences)
+    def predict_base(self, sequences: Sequences) -> Predictions:
+        """Predict each target with the weights it started from."""
+        return predict(self._base, self._base_rows, self._known_text(), sequences)
 
     @torch.no_grad()
     def change(self) -> Change:
@@ -196,26 +193,3 @@ def _build_dense(state: VersionState, device: torch.device) -> TwoStage:
     )
     dense.load_state_dict(dict(state.dense))
     return dense.to(device).eval()
-
-
-def _target_losses(
-    dense: TwoStage, rows: Mapping[str, torch.Tensor], text_IE: torch.Tensor, sequences: Sequences
-) -> np.ndarray:
-    """Return −log p(target) over the whole catalogue for each target, in row-major order of the sequences."""
-    device = text_IE.device
-    item_ID = dense.item_vectors(rows[ITEM][: len(text_IE)], text_IE)
-    present_BL = torch.from_numpy(sequences.item_row_BL >= 0).to(device)
-    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
-    user_row_BD = rows[USER][user_row_B.clamp(min=0)] * (user_row_B >= 0).unsqueeze(1)
-    user_BLD = dense.user_vectors(
-        item_ID[torch.from_numpy(sequences.item_row_BL).to(device).clamp(min=0)],
-        torch.from_numpy(sequences.kind_BL).to(device),
-        torch.from_numpy(sequences.value_BL).to(device),
-        torch.from_numpy(sequences.ts_BL).to(device),
-        present_BL,
-        user_row_BD,
-    )
-    target_BL = torch.from_numpy(sequences.target_row_BL).to(device)
-    learned_BL = target_BL >= 0
-    log_p_PI = (user_BLD[learned_BL] @ item_ID.T).log_softmax(1)
-    return -log_p_PI.gather(1, target_BL[learned_BL].unsqueeze(1)).squeeze(1).cpu().numpy()

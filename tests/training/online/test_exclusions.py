@@ -13,6 +13,7 @@ def test_ranges_hold_both_ends_and_users_up_to_their_last():
     left_out = Exclusions(ranges=frozenset({(3, 5)}), users={"u1": 8})
     assert [left_out.covers(seq, "u2") for seq in (2, 3, 5, 6)] == [False, True, True, False]
     assert [left_out.covers(seq, "u1") for seq in (1, 8, 9)] == [True, True, False]
+    assert not any(left_out.covers(seq, user_id) for seq in (0, -7) for user_id in ("u1", "u2"))  # training's history
 
 
 def test_what_is_stated_is_read_back():

@@ -146,6 +146,23 @@ def test_learning_the_stream_predicts_it_better(open_loop):
     assert metrics["log_loss"] < metrics["base_log_loss"] - 0.5
 
 
+def test_a_delta_tells_figures_by_segment_and_what_has_drifted(open_loop):
+    loop = open_loop("online.max_events=6", "online.compact_every=1000")
+    loop.follow(loop.tiny.live_events(300))
+    newcomers = [replace(event, user_id=f"new-{event.user_id}") for event in loop.tiny.live_events(300, first=300)]
+    loop.follow(newcomers)
+    segments = loop.metrics()["validation"]["segments"]
+    assert set(segments) == {"known users", "new users", "head items", "tail items"}
+    assert segments["known users"]["events"] + segments["new users"]["events"] == loop.metrics()["validation"]["events"]
+    drifts = [
+        drift
+        for m in loop.registry.versions()
+        for d in loop.registry.deltas(m.ref.version)
+        for drift in d.metrics.get("drift", ())
+    ]
+    assert "new users" in {drift["figure"] for drift in drifts}
+
+
 def test_impressions_move_the_offset_and_no_weight(open_loop):
     loop = open_loop()
     loop.follow([replace(event, kind="impression") for event in loop.tiny.live_events(20)])

@@ -181,13 +181,13 @@ def test_full_tables_leave_new_ids_out_and_go_on(build_home):
 def test_before_learning_the_model_and_its_base_predict_alike_and_afterwards_only_the_base_stands_still(build_home):
     live = take_up(build_home())
     sequences = build_live_sequences([history(0, "i1", "i2", "i3"), history(PAD, "i4", "i5")], live.items)
-    before = live.predict(sequences)
-    np.testing.assert_array_equal(live.predict_base(sequences), before)
+    before = live.predict(sequences).loss_P
+    np.testing.assert_array_equal(live.predict_base(sequences).loss_P, before)
     assert before.shape == (3,)
     for _ in range(20):
         learn(live, history(0, "i1", "i2", "i3"), negatives=range(30))
-    np.testing.assert_array_equal(live.predict_base(sequences), before)
-    assert live.predict(sequences)[:2].mean() < before[:2].mean()
+    np.testing.assert_array_equal(live.predict_base(sequences).loss_P, before)
+    assert live.predict(sequences).loss_P[:2].mean() < before[:2].mean()
 
 
 def test_the_predicted_loss_is_that_of_a_softmax_over_what_serving_scores(build_home):
@@ -196,16 +196,19 @@ def test_the_predicted_loss_is_that_of_a_softmax_over_what_serving_scores(build_
     one = history(1, "i1", "i2", "i3")
     found = live.predict(build_live_sequences([one], live.items))
     served = ServedModel.load(tiny.registry, VersionRef(1))
-    expected = -(served.item_ID @ served.user_vector("u1", one.interactions[:2])).log_softmax(0)[3].item()
-    assert found[-1] == pytest.approx(expected, rel=1e-5)
+    log_p_I = (served.item_ID @ served.user_vector("u1", one.interactions[:2])).log_softmax(0)
+    assert found.loss_P[-1] == pytest.approx(-log_p_I[3].item(), rel=1e-5)
+    assert found.rank_P[-1] == 1 + (log_p_I > log_p_I[3]).sum().item()
+    assert found.confidence_P[-1] == pytest.approx(log_p_I.max().exp().item(), rel=1e-5)
+    assert found.hits[-1] == (log_p_I.argmax().item() == 3)
 
 
 def test_new_items_and_users_are_predicted_by_base_and_model(build_home):
     live = take_up(build_home())
     live.count("new", "newcomer")
     sequences = build_live_sequences([history(live.users.row("newcomer"), "i1", "new", "i2")], live.items)
-    assert np.isfinite(live.predict(sequences)).all()
-    assert np.isfinite(live.predict_base(sequences)).all()
+    assert np.isfinite(live.predict(sequences).loss_P).all()
+    assert np.isfinite(live.predict_base(sequences).loss_P).all()
 
 
 def test_the_tensors_of_a_whole_version_are_a_version_again(build_home):
