@@ -1,0 +1,118 @@
+"""`recloop serve` as a child, started again whenever it ends, and its processes by their part.
+
+In:  a home, a port, overrides of the recipe.  Out: the processes of each part, to do something to.
+Knows nothing of faults or traffic. Only processes that it started, and theirs, are ever named.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+PARTS = {
+    "ingress": "ray::ServeReplica:recloop:Ingress",
+    "encoder": "ray::ServeReplica:recloop:Encoder",
+    "controller": "ray::ServeController",
+    "proxy": "ray::ProxyActor",
+    "haproxy": "haproxy",
+    "trainer": "ray::OnlineTrainer",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs/gcs_server",
+}
+"""Parts by what the command line of their processes begins with, or holds."""
+RESTART_PAUSE_S = 0.2
+EXIT_PATIENCE_S = 60.0
+
+
+class Server:
+    """The server while the block lasts."""
+
+    def __init__(self, home: Path, port: int, overrides: Sequence[str], log_file: Path) -> None:
+        sets = [flag for override in overrides for flag in ("--set", override)]
+        self._command = [sys.executable, "-m", "cluster", "serve", "--home", str(home), "--port", str(port), *sets]
+        self._log_file = log_file
+        self._stopping = threading.Event()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._supervise, name="supervisor")
+        self._seen: set[psutil.Process] = set()
+        self.starts = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        child = self._child
+        if child is not None and child.poll() is None:
+            self.processes()
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(EXIT_PATIENCE_S)
+        self._thread.join(EXIT_PATIENCE_S)
+        self._end_leftovers()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's process and all that it has started, those of a session before excepted."""
+        child = self._child
+        if child is None or child.poll() is not None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(child.pid)
+            found = [root, *root.children(recursive=True)]
+            self._seen.update(found)
+            return found
+        return []
+
+    def part(self, name: str) -> list[psutil.Process]:
+        """Return the live processes of a part; "driver" is the command itself."""
+        found = self.processes()
+        if name == "driver":
+            return found[:1]
+        return [process for process in found if PARTS[name] in _title(process)]
+
+    def _supervise(self) -> None:
+        with self._log_file.open("ab") as log:
+            while not self._stopping.is_set():
+                self._child = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
+                self.starts += 1
+                while self._child.poll() is None:
+                    time.sleep(0.05)
+                self._end_leftovers()
+                self._stopping.wait(RESTART_PAUSE_S)
+
+    def _end_leftovers(self) -> None:
+        """End what outlived a killed session, as a supervisor ends a service's control group."""
+        for process in self._seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(list(self._seen), timeout=5)
+        self._seen.clear()
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return " ".join(process.cmdline()[:1] if process.cmdline() else [])
+    return ""
+
+
+def signal_all(processes: Sequence[psutil.Process], number: int) -> list[int]:
+    """Send a signal to each that is still there; return whom it reached."""
+    reached = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            os.kill(process.pid, number)
+            reached.append(process.pid)
+    return reached
