@@ -33,11 +33,15 @@ def run(args: argparse.Namespace) -> None:
     assert_port_free(args.host, args.port)
     from serving.app import running_app  # Ray Serve and torch: a wrong flag does not wait for them
     from serving.config import ServeConfig
-    from serving.preflight import check_chain, check_version
+    from serving.preflight import check_version, describe_damage
 
     registry = open_registry(recipe, args.home)
     version = check_version(registry, recipe.section(ServeConfig).pinned_version)
-    check_chain(registry, version)
+    if damage := describe_damage(registry, version):
+        print(
+            f"recloop: {version} is served as far as it is whole, and learned again from there: {damage}",
+            file=sys.stderr,
+        )
     dataset = load_dataset(args.data) if args.data else None
     engine = recipe.section(EngineConfig)
     with (

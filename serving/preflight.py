@@ -22,13 +22,14 @@ def check_version(registry: Registry, pinned_version: int | None) -> VersionRef:
     return promoted
 
 
-def check_chain(registry: Registry, promoted: VersionRef) -> None:
-    """Check every delta up to the promoted one, all of which the online trainer builds on.
-
-    Raises `CorruptVersionError` naming the file; promoting an earlier delta leaves the damage behind.
-    """
-    for manifest in registry.deltas(promoted.version)[: promoted.delta]:
-        _check_files(Storage(registry.uri), manifest)
+def describe_damage(registry: Registry, promoted: VersionRef) -> str:
+    """Return what is wrong with the deltas up to the promoted one; empty where they hold."""
+    try:
+        for manifest in registry.deltas(promoted.version)[: promoted.delta]:
+            _check_files(Storage(registry.uri), manifest)
+    except CorruptVersionError as error:
+        return str(error)
+    return ""
 
 
 def _check_files(storage: Storage, manifest: Manifest) -> None:

@@ -41,7 +41,10 @@ from training.trainer import train_on_ray
 OVERRIDES = ["serve.arms=['live']", "online.keep_chains=100000", "online.keep_versions=100000"]
 """All versions stay, so that the audit can look each answer's up."""
 STREAK = 10
-"""Answers in a row after which the server is well again."""
+"""Answers in a row after which the server is well again, if they last so long:"""
+SETTLED_S = {"kill raylet": 8.0, "kill gcs": 8.0, "kill driver": 8.0, "kill controller": 4.0}
+"""Some processes end only a while after the one that was killed."""
+SOON_SETTLED_S = 2.0
 PATIENCE_S = 120.0
 LEARNED_PATIENCE_S = 120.0
 
@@ -108,8 +111,8 @@ def _break(
     for number in range(count):
         pending = pending or rng.sample(list(kinds), len(kinds))  # every kind once a round, in random order
         fault = faults.do(pending.pop())
-        well = _wait_until_well(traffic, fault.at_s)
-        time.sleep(rng.uniform(0.2, 1.5))
+        well = _wait_until_well(traffic, fault.at_s, SETTLED_S.get(fault.kind, SOON_SETTLED_S))
+        time.sleep(rng.uniform(0.0, 1.5))
         took_s = traffic.recovery_s(fault.at_s, time.monotonic()) if well else float("inf")
         recoveries.setdefault(fault.kind, []).append(took_s)
         _tell(number, fault, took_s, len(traffic.acked))
@@ -118,15 +121,15 @@ def _break(
     return recoveries
 
 
-def _wait_until_well(traffic: Traffic, since_s: float) -> bool:
-    """Wait for a streak of answers asked for after that time; return whether it came."""
+def _wait_until_well(traffic: Traffic, since_s: float, settled_s: float = SOON_SETTLED_S) -> bool:
+    """Return whether answers, asked for after that time, came for so long without a failure, before patience ended."""
     deadline_s = time.monotonic() + PATIENCE_S
-    time.sleep(0.5)
-    while traffic.answered_since(since_s) < STREAK:
-        if time.monotonic() > deadline_s:
-            return False
+    while time.monotonic() < deadline_s:
         time.sleep(0.05)
-    return True
+        streak = traffic.streak_since(since_s)
+        if len(streak) >= STREAK and time.monotonic() - min(streak) >= settled_s:
+            return True
+    return False
 
 
 def _wait_until_learned(url: str, seq: int) -> bool:

@@ -48,13 +48,13 @@ class Traffic:
         assert self._thread is not None, "entered"
         self._thread.join()
 
-    def answered_since(self, began_s: float) -> int:
-        """Return how many of the newest requests, all asked after that time, were answered without one that failed."""
-        streak = 0
+    def streak_since(self, began_s: float) -> list[float]:
+        """Return when the newest requests, asked after that time, were asked, back to one that failed."""
+        streak: list[float] = []
         for asked_s, _, answered in reversed(self.answers):
             if not answered or asked_s < began_s:
                 break
-            streak += 1
+            streak.append(asked_s)
         return streak
 
     def recovery_s(self, fault_s: float, until_s: float) -> float:

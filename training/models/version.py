@@ -28,6 +28,9 @@ from cluster.registry import Registry, VersionReader, VersionRef
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
 ROOT = "trained_version"
 """Metric of a version that the online trainer made: the trained version it grew from."""
+EVENTS, SET_ASIDE = "events_total", "set_aside_total"
+"""Metrics of all that the online trainer publishes: events applied so far, and how many of these the guard or a
+rollback has undone."""
 ROW_TENSORS = (ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS)
 
 

@@ -10,4 +10,5 @@ guard.py      progressive validation: whether what was learned may be served
 drift.py      whether what comes in, or what is made of it, has changed
 exclusions.py what of the log is not learned from
 undo.py       a version as if some of the log had not been learned from
+regrow.py     such a version, and one without what is damaged: from an earlier state
 """

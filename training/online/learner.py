@@ -14,6 +14,7 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,22 +26,35 @@ import pyarrow.compute as pc
 import torch
 
 from cluster.config import Recipe
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, CorruptVersionError
 from cluster.events import INTERACTION_KINDS
 from cluster.log import EventLog, LoggedEvent
 from cluster.registry import Manifest, Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
-from training.models.version import ROOT, Change, VersionState, log_popularity, read_version, write_delta, write_version
+from training.models.version import (
+    EVENTS,
+    ROOT,
+    SET_ASIDE,
+    Change,
+    VersionState,
+    log_popularity,
+    read_version,
+    write_delta,
+    write_version,
+)
 from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
 from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.model import LiveModel
+from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
+
+logger = logging.getLogger(__name__)
 
 LAG_STEPS = 16
 """A trainer that is behind sizes its steps so as to catch up in about so many."""
@@ -49,9 +63,6 @@ FOLDED = "folded"
 PUBLISHING = ("published", "delta")
 """Reasons with which the pointer moves as something is published, and not because someone chose."""
 FINISHED = "delta, finished after a crash"
-EVENTS, SET_ASIDE = "events_total", "set_aside_total"
-"""Metrics of all that the online trainer publishes: events applied so far, and how many of these the guard or a
-rollback has undone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +313,15 @@ class OnlineLearner:
         """Take up the promoted version. What was learned on top of it has been rolled back and is not learned again.
 
         A learner that starts may find one delta whose publisher ended before it moved the pointer: that one counts.
+        What is damaged is left behind: learning goes on from the newest that is whole, and learns again what followed.
         """
+        try:
+            self._follow(current, took_up=took_up)
+        except CorruptVersionError as error:
+            logger.error("%s is not whole, going on from before it: %s", current, error)
+            self._take_up(publish_whole(self.registry, current, str(error)))
+
+    def _follow(self, current: VersionRef, *, took_up: bool) -> None:
         later = self.registry.deltas(current.version, after=current.delta)
         if not took_up and len(later) == 1 and self.registry.history()[-1].reason in PUBLISHING:
             current = later[0].ref

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_log, open_registry
-from cluster.errors import ConfigError, RegistryError
+from cluster.errors import ConfigError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.log.retention import LogConfig
-from cluster.manifest import Manifest, VersionRef
+from cluster.manifest import VersionRef
 from cluster.output import Result
 from cluster.registry import Registry
-from training.models.version import ROOT, read_version, write_version
 from training.online.exclusions import Exclusions
-from training.online.learner import EVENTS, SET_ASIDE
+from training.online.regrow import publish_before
 
 UNDONE = "some learning undone"
 """Reason with which the pointer moves when none is given."""
@@ -61,15 +60,8 @@ def publish_without(
     if unknown := [user_id for user_id in users if user_id not in firsts]:
         raise ConfigError(f"--without-user {unknown[0]}: {current.ref} has learned from no event of that user")
     wanted = Exclusions(ranges=frozenset(ranges), users=dict.fromkeys(users, log.head_seq()))
-    good, kept_out = _before(registry, current, min([first for first, _ in ranges] + list(firsts.values())))
-    state = read_version(registry, good.ref, with_optimizer=True)
-    draft = registry.draft_version()
-    write_version(draft, state, registry.open_version(good.ref.version).table("history"))
-    metrics = {name: good.metrics.get(name, 0) for name in (EVENTS, SET_ASIDE)}
-    metrics |= {ROOT: _root(registry, good.ref), "rolled_back_to": str(good.ref)} | wanted.joined(kept_out).metrics()
-    ref = draft.publish(offset=good.last_seq, metrics=metrics, parent=good.ref, promote=False)
-    registry.promote(ref, reason or UNDONE)
-    return ref
+    first_seq = min([first for first, _ in ranges] + list(firsts.values()))
+    return publish_before(registry, first_seq, wanted, reason or UNDONE)
 
 
 def _first_events(log: EventLog, users: Sequence[str], last_seq: int) -> dict[str, int]:
@@ -82,36 +74,3 @@ def _first_events(log: EventLog, users: Sequence[str], last_seq: int) -> dict[st
                 firsts.setdefault(logged.event.user_id, logged.seq)
         seq = events[-1].seq
     return firsts
-
-
-def _before(registry: Registry, current: Manifest, seq: int) -> tuple[Manifest, Exclusions]:
-    """Return the newest ancestor that has learned nothing from `seq` on, and what was set aside since.
-
-    Chains of versions long gone are dropped; the trained version that all grew from is always there.
-    """
-    set_aside = Exclusions.read(registry.manifest(VersionRef(current.ref.version)).metrics)
-    manifest = current
-    while manifest.last_seq >= seq:
-        set_aside = set_aside.joined(_set_aside_by(manifest))
-        if manifest.parent is None:
-            raise RegistryError(
-                f"{manifest.ref}: has learned up to {manifest.last_seq}; there is none from before {seq}"
-            )
-        try:
-            manifest = registry.manifest(manifest.parent)
-        except RegistryError:
-            manifest = registry.manifest(VersionRef(_root(registry, current.ref)))
-    return manifest, set_aside
-
-
-def _set_aside_by(manifest: Manifest) -> Exclusions:
-    """Return the range that the guard, or who rolled back, had set aside when this was published."""
-    if "set_aside_from_seq" in manifest.metrics:
-        return Exclusions(ranges=frozenset({(int(manifest.metrics["set_aside_from_seq"]), manifest.last_seq)}))
-    if "set_aside" in manifest.metrics and manifest.first_seq is not None:
-        return Exclusions(ranges=frozenset({(manifest.first_seq, manifest.last_seq)}))
-    return Exclusions()
-
-
-def _root(registry: Registry, ref: VersionRef) -> int:
-    return int(registry.manifest(VersionRef(ref.version)).metrics.get(ROOT, ref.version))
