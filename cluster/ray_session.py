@@ -37,6 +37,8 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 MIN_LOGICAL_CPUS = 4
 """Enough for two train workers beside their coordinator on any machine; they share the real cores."""
 
+DAEMONS = ("gcs_server", "raylet")
+"""Of a private Ray."""
 _MAX_TEMP_ROOT_CHARS = 20
 """Unix socket paths hold 107 bytes and Ray's and HAProxy's take some 80 of them below the session's folder."""
 _EXIT_PATIENCE_S = 5.0
@@ -51,6 +53,30 @@ class RaySession:
     """The head's address, as other drivers name it."""
     folder: Path | None
     """The private Ray's folder with its logs; none on a cluster."""
+    daemons: tuple[psutil.Process, ...] = ()
+    """The private Ray's own processes, without which nothing goes on: its GCS and its raylet."""
+
+    def lost(self) -> str:
+        """Return which of the daemons has ended; empty while all are there, and always on a cluster."""
+        named = zip(self.daemons, DAEMONS, strict=False)
+        return ", ".join(name for process, name in named if not _is_running(process))
+
+    def abandon(self) -> None:
+        """Kill whatever this process has started and remove the folder; for a session that is lost.
+
+        Ending it in order would wait for daemons that are not there.
+        """
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self.folder is not None:
+            for process in psutil.process_iter(["environ"]):  # children of the dead are nobody's: known by the folder
+                environment = process.info["environ"] or {}
+                if str(self.folder) in environment.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", ""):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        if process.pid != os.getpid():
+                            process.kill()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -79,7 +105,8 @@ def ray_session(
     with _environment(_private_environment(folder)), _raise_on_sigterm():
         try:
             _connect("local", logical_cpus=logical_cpus, folder=folder, verbose=verbose)
-            yield RaySession(address=ray.get_runtime_context().gcs_address, folder=folder)
+            address = ray.get_runtime_context().gcs_address
+            yield RaySession(address=address, folder=folder, daemons=_find_daemons())
         finally:
             with _ignore_signals():
                 _shut_down(folder)
@@ -156,6 +183,18 @@ def _reread_authentication() -> None:
 
     _raylet.Config.initialize("")  # pyright: ignore[reportAttributeAccessIssue]
     _raylet.AuthenticationTokenLoader.instance().reset_cache()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _find_daemons() -> tuple[psutil.Process, ...]:
+    by_name = {process.name(): process for process in psutil.Process().children(recursive=True)}
+    return tuple(by_name[name] for name in DAEMONS)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _shut_down(folder: Path) -> None:

@@ -6,6 +6,7 @@ Knows nothing of how requests are answered or how the trainer learns, which it s
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import load_dataset
 from cluster.engine import open_registry
+from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.output import print_result
-from cluster.ray_session import assert_port_free, ray_session
+from cluster.ray_session import RaySession, assert_port_free, ray_session
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+SESSION_WATCH_S = 0.2
+"""How often the command looks whether Ray is still there."""
 TRAINER_WATCH_S = 10.0
-"""How often the command looks whether the online trainer still learns."""
+"""How often it looks whether the online trainer still learns."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
 
 
@@ -45,29 +49,43 @@ def run(args: argparse.Namespace) -> None:
     dataset = load_dataset(args.data) if args.data else None
     engine = recipe.section(EngineConfig)
     with (
-        ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose),
+        ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose) as session,
         running_app(recipe, args.home, args.host, args.port, dataset) as url,
         _online_trainer()(recipe, args.home) as trainer,
     ):
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
-        _watch(trainer)
+        _watch(session, trainer)
 
 
-def _watch(trainer: "ActorHandle[Any] | None") -> None:  # Any: an actor of a layer that serving may not name
-    """Wait for Ctrl-C; say so when learning stops, which no request would show."""
+def _watch(session: RaySession, trainer: "ActorHandle[Any] | None") -> None:  # Any: a layer that serving may not name
+    """Wait for Ctrl-C; say so when learning stops, which no request would show, and end when Ray is gone.
+
+    A Ray whose daemon has ended comes back by starting anew only: that is for whoever runs this command.
+    """
+    looked_s = time.monotonic()
+    while True:
+        time.sleep(SESSION_WATCH_S)
+        if lost := session.lost():
+            print(
+                f"recloop: {lost} has ended, and Ray with it; start `recloop serve` again", file=sys.stderr, flush=True
+            )
+            session.abandon()
+            os._exit(EngineError.exit_code)
+        if trainer is not None and time.monotonic() - looked_s >= TRAINER_WATCH_S:
+            _look_after(trainer)
+            looked_s = time.monotonic()
+
+
+def _look_after(trainer: "ActorHandle[Any]") -> None:  # Any: as above
     import ray
     from ray.exceptions import RayError
 
-    while True:
-        time.sleep(TRAINER_WATCH_S)
-        if trainer is None:
-            continue
-        try:
-            status: Any = ray.get(trainer.status.remote(), timeout=TRAINER_WATCH_S)  # Any: JSON
-        except RayError as error:
-            status = {"ready": False, "error": type(error).__name__}
-        if not status["ready"]:
-            print(f"recloop: online training does not answer, the weights stand still: {status}", file=sys.stderr)
+    try:
+        status: Any = ray.get(trainer.status.remote(), timeout=TRAINER_WATCH_S)  # Any: JSON
+    except RayError as error:
+        status = {"ready": False, "error": type(error).__name__}
+    if not status["ready"]:
+        print(f"recloop: online training does not answer, the weights stand still: {status}", file=sys.stderr)
 
 
 def _online_trainer() -> "Callable[[Recipe, Home], AbstractContextManager[ActorHandle[Any] | None]]":

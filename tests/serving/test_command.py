@@ -1,3 +1,4 @@
+import contextlib
 import json
 import signal
 import socket
@@ -53,14 +54,6 @@ def test_a_corrupt_file_of_the_version_is_named(versions, home, capsys, file_nam
     assert f"{VersionRef(1).folder}/{file_name}" in message
 
 
-def test_a_corrupt_file_of_a_promoted_delta_is_named(versions, home, capsys):
-    ref = versions.publish_delta()
-    versions.flip_bit(ref, "rows.safetensors")
-    code, message = serve(home, capsys)
-    assert code == 4
-    assert f"{ref.folder}/rows.safetensors" in message
-
-
 def test_a_host_that_is_no_name_is_said(versions, home, capsys):
     code, message = serve(home, capsys, "--host", "a..b")
     assert code == 5
@@ -73,10 +66,12 @@ def test_a_pinned_version_that_is_not_published_is_said(versions, home, capsys):
     assert "7.0 is not published; versions here: 1" in message
 
 
-def test_ctrl_c_ends_the_server_and_everything_it_started(versions, home):
-    flags = ["--home", str(home.path), "--port", str(find_free_port()), "--set", "online.enabled=false", "--json"]
+@contextlib.contextmanager
+def running_server(home, *flags) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the command as a child; yield it and its URL."""
+    command = [sys.executable, "-m", "cluster", "serve", "--home", str(home.path), "--port", str(find_free_port())]
     server = subprocess.Popen(
-        [sys.executable, "-m", "cluster", "serve", *flags],
+        [*command, "--json", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,12 +81,44 @@ def test_ctrl_c_ends_the_server_and_everything_it_started(versions, home):
         assert server.stdout is not None
         line = server.stdout.readline()
         assert line, server.communicate()
-        with urllib.request.urlopen(f"{json.loads(line)['url']}/readyz", timeout=10) as response:
-            assert json.load(response)["version"] == "1.0"
+        yield server, json.loads(line)["url"]
+    finally:
+        server.kill()
+
+
+def get(url: str) -> dict:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return json.load(response)
+
+
+def test_ctrl_c_ends_the_server_and_everything_it_started(versions, home):
+    with running_server(home, "--set", "online.enabled=false") as (server, url):
+        assert get(f"{url}/readyz")["version"] == "1.0"
         started = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(signal.SIGINT)
         _, messages = server.communicate(timeout=30)
-    finally:
-        server.kill()
     assert (server.returncode, messages) == (130, "recloop: interrupted\n")
     assert [process for process in started if process.is_running()] == []
+
+
+def test_when_rays_daemon_is_killed_the_command_ends_with_everything_it_started(versions, home):
+    with running_server(home, "--set", "online.enabled=false") as (server, _):
+        started = psutil.Process(server.pid).children(recursive=True)
+        (raylet,) = [process for process in started if process.name() == "raylet"]
+        raylet.kill()
+        _, messages = server.communicate(timeout=30)
+    assert server.returncode == 5
+    assert "raylet has ended, and Ray with it; start `recloop serve` again" in messages
+    psutil.wait_procs(started, timeout=5)
+    assert [process for process in started if process.is_running()] == []
+
+
+def test_a_damaged_delta_is_said_and_what_is_whole_is_served(versions, home):
+    ref = versions.publish_delta()
+    versions.flip_bit(ref, "rows.safetensors")
+    with running_server(home, "--set", "online.enabled=false") as (server, url):
+        assert get(f"{url}/readyz")["version"] == "1.0"
+        server.send_signal(signal.SIGINT)
+        _, messages = server.communicate(timeout=30)
+    assert f"1.1 is served as far as it is whole, and learned again from there: {home.registry}" in messages
+    assert f"{ref.folder}/rows.safetensors: checksum differs" in messages
