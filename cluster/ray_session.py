@@ -258,6 +258,9 @@ def _private_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(find_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(find_free_port()),
+        # HAProxy or a replica that ends is missed within a second or two, where the defaults take 10 to 30.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
         # A worker's report is taken up at the controller's next look; its default of 2 s would be most of an epoch.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # One machine, so nothing routes to a replica that is leaving: do not hold it for half a minute.

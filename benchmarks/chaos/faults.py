@@ -73,8 +73,11 @@ class Faults:
 
     def _kill(self, part: str) -> Fault:
         victims = self._wait_for(part)
+        if part != "all":
+            victims = [self.rng.choice(victims)]
+        names = ", ".join(victim.name() for victim in victims[:3])
         at_s = time.monotonic()
-        return Fault(kind=f"kill {part}", at_s=at_s, pids=signal_all(victims, signal.SIGKILL))
+        return Fault(kind=f"kill {part}", at_s=at_s, pids=signal_all(victims, signal.SIGKILL), detail=names)
 
     def _stop(self, part: str) -> Fault:
         victims = self._wait_for(part)

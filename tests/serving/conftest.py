@@ -19,6 +19,7 @@ from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from cluster.ray_session import RaySession, find_free_port
 from cluster.registry import Registry
+from embeddings.quantized import QuantizedRows
 from embeddings.tables import TablesConfig
 from serving.app import running_app
 from training.models.two_stage import ModelConfig, TwoStage
@@ -120,7 +121,7 @@ class TinyVersions:
         change = Change(
             new_items=[],
             new_users=[],
-            rows={ITEM_ROWS: (torch.arange(len(rows_ID)), rows_ID)},
+            rows={ITEM_ROWS: (torch.arange(len(rows_ID)), QuantizedRows(rows_ID))},
             optimizer_rows={},
             dense=before.dense,
             optimizer={},

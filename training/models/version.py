@@ -12,6 +12,8 @@ Knows nothing of how it was learned or how it is served.
 
 A delta has the same files less history and recipe; its row tensors come in pairs, NAME.index and NAME.value, its
 items and users are those that are new and follow the ones before. A user with a `row` takes over that row instead.
+Rows may be rounded (`online.delta_rows`) or sent only once they have changed enough (`online.delta_threshold`): then
+optimizer.safetensors, which replicas do not read, has the trainer's own as exact.NAME. Rows of int8 have NAME.scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +26,11 @@ import torch
 
 from cluster.config import Recipe
 from cluster.registry import Registry, VersionReader, VersionRef
+from embeddings.quantized import QuantizedRows
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
+EXACT = "exact."
+"""Begins the names of rows in a delta that only whoever trains on from it reads."""
 ROOT = "trained_version"
 """Metric of a version that the online trainer made: the trained version it grew from."""
 EVENTS, SET_ASIDE = "events_total", "set_aside_total"
@@ -50,6 +55,13 @@ class VersionState:
     dense: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     """Empty where it was not asked for."""
+    exact: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Item and user rows as the trainer has them, where `rows` are rounded; empty without the optimiser."""
+
+    @property
+    def trained_rows(self) -> Mapping[str, torch.Tensor]:
+        """Return the rows to train on from, and to publish as a version of its own."""
+        return {**self.rows, **self.exact}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +71,10 @@ class Change:
     new_items: Sequence[tuple[str, str]]
     """Ids and texts."""
     new_users: Sequence[str]
-    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    """Row tensor to (index [n], value [n, …])."""
+    rows: Mapping[str, tuple[torch.Tensor, QuantizedRows]]
+    """Row tensor to (index [n], n rows as replicas get them)."""
     optimizer_rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    """The trainer's own: accumulators, and under `exact.` the rows that replicas get rounded, or not at all yet."""
     dense: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     reused_users: Mapping[int, str] = field(default_factory=dict)
@@ -86,7 +99,7 @@ class Draft(Protocol):
 
 def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
     """Write all files of a version into a draft."""
-    draft.add_tensors("rows", state.rows)
+    draft.add_tensors("rows", state.trained_rows)
     draft.add_tensors("dense", state.dense)
     draft.add_tensors("optimizer", state.optimizer)
     draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
@@ -97,7 +110,9 @@ def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
 
 def write_delta(draft: Draft, change: Change) -> None:
     """Write all files of a delta into a draft."""
-    draft.add_tensors("rows", _pairs(change.rows))
+    rounded = {name: (index, rows.value) for name, (index, rows) in change.rows.items()}
+    scales = {f"{name}.scale": rows.scale_N for name, (_, rows) in change.rows.items() if rows.scale_N is not None}
+    draft.add_tensors("rows", _pairs(rounded) | scales)
     draft.add_tensors("dense", change.dense)
     draft.add_tensors("optimizer", {**change.optimizer, **_pairs(change.optimizer_rows)})
     draft.add_table("items", _items_table(change.new_items))
@@ -133,10 +148,17 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
             user_ids.append(user["user_id"])
         else:
             user_ids[user["row"]] = user["user_id"]
-    dense = reader.tensors("dense")
+    dense, sent = reader.tensors("dense"), reader.tensors("rows")
     optimizer: Mapping[str, torch.Tensor] = {}
+    exact = state.exact
     if state.optimizer:
-        optimizer = _apply_pairs(state.optimizer, reader.tensors("optimizer"))
+        own = reader.tensors("optimizer")
+        own_rows = {name.removeprefix(EXACT): own.pop(name) for name in list(own) if name.startswith(EXACT)}
+        optimizer = _apply_pairs(state.optimizer, own)
+        if exact or own_rows:
+            exact = {name: state.trained_rows[name] for name in (ITEM_ROWS, USER_ROWS)}
+            for pairs in (sent, own_rows):
+                exact = _apply_pairs(exact, {n: t for n, t in pairs.items() if n.split(".")[0] in exact})
     return replace(
         state,
         ref=reader.manifest.ref,
@@ -144,15 +166,16 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
         item_ids=[*state.item_ids, *items["item_id"].to_pylist()],
         item_texts=[*state.item_texts, *items["text"].to_pylist()],
         user_ids=user_ids,
-        rows=_apply_pairs(state.rows, reader.tensors("rows")),
+        rows=_apply_pairs(state.rows, sent),
         dense=dense,
         optimizer=optimizer,
+        exact=exact,
     )
 
 
 def checkpoint_names(state: VersionState) -> dict[str, torch.Tensor]:
     """Return a version's tensors under the names that training/checkpoint.py uses."""
-    named = {"tables.item": state.rows[ITEM_ROWS], "tables.user": state.rows[USER_ROWS]}
+    named = {"tables.item": state.trained_rows[ITEM_ROWS], "tables.user": state.trained_rows[USER_ROWS]}
     named |= {f"dense.{name}": tensor for name, tensor in state.dense.items()}
     for name, tensor in state.optimizer.items():
         named[f"tables.{name}" if name.endswith(".momentum") else f"dense_optimizer.{name}"] = tensor
@@ -209,7 +232,7 @@ def _pairs(rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, t
     flat = {}
     for name, (index, value) in rows.items():
         # Row tensors may share an index; a file's tensors may not share memory.
-        flat[f"{name}.index"], flat[f"{name}.value"] = index.clone(), value
+        flat[f"{name}.index"], flat[f"{name}.value"] = index.to(torch.int32, copy=True), value
     return flat
 
 
@@ -218,12 +241,13 @@ def _apply_pairs(before: Mapping[str, torch.Tensor], changed: Mapping[str, torch
     after = dict(before)
     for name, index in changed.items():
         if not name.endswith(".index"):
-            if not name.endswith(".value"):
+            if not name.endswith((".value", ".scale")):
                 after[name] = index
             continue
         if len(index):
             row_tensor = name.removesuffix(".index")
             old = before[row_tensor]
+            sent = QuantizedRows(changed[f"{row_tensor}.value"], changed.get(f"{row_tensor}.scale"))
             after[row_tensor] = grow_rows(old, max(old.shape[0], int(index.max()) + 1))
-            after[row_tensor][index] = changed[f"{row_tensor}.value"]
+            after[row_tensor][index.long()] = sent.dequantized()
     return after

@@ -3,6 +3,7 @@
 actor.py      the Ray actor: read, learn, publish, for as long as it lives
 learner.py    what a step of that is, and what becomes of it: a delta, a rollback, a new version
 model.py      a version taken up for further training, and what changed in it
+sent.py       what replicas have of it
 sequences.py  histories from the log as sequences to learn from
 predictions.py  what weights said of interactions beforehand
 segments.py   which of them are judged apart

@@ -31,6 +31,7 @@ from cluster.events import INTERACTION_KINDS
 from cluster.log import EventLog, LoggedEvent
 from cluster.registry import Manifest, Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
+from embeddings.quantized import FORMATS
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.models.version import (
@@ -50,6 +51,7 @@ from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.model import LiveModel
 from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
+from training.online.sent import SentRows
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
@@ -88,6 +90,11 @@ class OnlineConfig:
     """Least time between deltas."""
     poll_interval_ms: int = 50
     """How often an idle trainer looks for events."""
+    delta_rows: str = "float32"
+    """What deltas hold rows in for replicas: float32, float16 or int8. The trainer's own stay float32."""
+    delta_threshold: float = 0.0
+    """Share of its length by which a row must differ from what replicas have before it is sent; what is not sent adds
+    up until it is."""
     compact_every: int = 50
     """Deltas after which they are folded into a new version."""
     keep_chains: int = 2
@@ -113,6 +120,10 @@ class OnlineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be at least 1")
+        if self.delta_rows not in FORMATS:
+            raise ConfigError(f"online.delta_rows={self.delta_rows!r}: is none of {', '.join(FORMATS)}")
+        if not 0 <= self.delta_threshold < 1:
+            raise ConfigError(f"online.delta_threshold={self.delta_threshold}: must be in [0, 1)")
         if self.rehearsal_sequences < 0:
             raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
 
@@ -143,7 +154,8 @@ class OnlineLearner:
         self.data = state.recipe.section(DataConfig)
         self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder)
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
-        self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed)
+        sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
+        self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed, sent)
         self.guard = ProgressiveValidation(self.guard_config)
         self._segments = Segments(self.live.counts[: len(self.live.items)], len(self.live.users))
         self._good = deque([(ref, 0)])
@@ -158,11 +170,12 @@ class OnlineLearner:
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self._start_delta()
 
-    def _start_delta(self) -> None:
+    def _start_delta(self, published: Change | None = None) -> None:
+        """Collect what the next delta holds, after one that was published, or after a version."""
         self.pending_events = 0
         self._newest: tuple[Sequences, np.ndarray] | None = None
         self._first_seq = self.applied_seq + 1
-        self.live.mark_published()
+        self.live.mark_published(published)
 
     def read(self) -> list[LoggedEvent]:
         """Return the events of the next step: the further behind, the more at once."""
@@ -237,7 +250,7 @@ class OnlineLearner:
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total}
         metrics = {"events": self.pending_events} | totals | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
-        self._start_delta()
+        self._start_delta(change)
         return self.ref
 
     def _publish_version(self, metrics: dict[str, object], promote_from: VersionRef | None = None) -> None:
@@ -282,8 +295,13 @@ class OnlineLearner:
 
     def _damage(self, change: Change) -> str | None:
         """Return why the learning since the last delta ruined the weights, or none."""
-        pairs = [*change.rows.values(), *change.optimizer_rows.values()]
-        tensors = [*(value for _, value in pairs), *change.dense.values(), *change.optimizer.values()]
+        rows = [rows.dequantized() for _, rows in change.rows.values()]
+        tensors = [
+            *rows,
+            *(value for _, value in change.optimizer_rows.values()),
+            *change.dense.values(),
+            *change.optimizer.values(),
+        ]
         if not all(tensor.isfinite().all() for tensor in tensors):
             return "a weight is not finite"
         if self._newest is None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from embeddings.batch import Batch, Sequences
+from embeddings.quantized import QuantizedRows
 from embeddings.tables import ITEM, USER, TablesConfig, local_shards
 from embeddings.vocabulary import UNKNOWN_ROW, Vocabulary
 from training.checkpoint import dense_state, load_state
@@ -15,6 +16,7 @@ from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig, TwoStage
 from training.models.version import (
     COUNT_ROWS,
+    EXACT,
     ITEM_ROWS,
     TEXT_ROWS,
     USER_ROWS,
@@ -25,6 +27,7 @@ from training.models.version import (
     split_checkpoint,
 )
 from training.online.predictions import Predictions, predict
+from training.online.sent import SentRows
 from training.step import Optimizers, StepConfig, train_step
 
 
@@ -32,7 +35,13 @@ class LiveModel:
     """The version's model in training, with the frozen weights it started from beside it."""
 
     def __init__(
-        self, state: VersionState, step: StepConfig, table_rate: float, device: torch.device, seed: int
+        self,
+        state: VersionState,
+        step: StepConfig,
+        table_rate: float,
+        device: torch.device,
+        seed: int,
+        sent: SentRows | None = None,
     ) -> None:
         """Load weights and optimiser; the tables learn at `table_rate` of their batch rate."""
         tables = state.recipe.section(TablesConfig)
@@ -58,19 +67,29 @@ class LiveModel:
         self._rows = {name: parts[0][1] for name, parts in local_shards(self.model).items()}
         self._base = _build_dense(state, device)
         self._base_rows = {
-            ITEM: grow_rows(state.rows[ITEM_ROWS], self.items.capacity).to(device),
-            USER: grow_rows(state.rows[USER_ROWS], self.users.capacity).to(device),
+            ITEM: grow_rows(state.trained_rows[ITEM_ROWS], self.items.capacity).to(device),
+            USER: grow_rows(state.trained_rows[USER_ROWS], self.users.capacity).to(device),
         }
+        self._sent = sent or SentRows("float32", 0.0)
+        self._sent.start({name: (state.rows[name], self._rows[name].cpu()) for name in (ITEM_ROWS, USER_ROWS)})
         self.reused_rows: set[int] = set()
         """User rows that have changed hands since the version was taken up."""
-        self.mark_published()
+        self._start_counting()
 
-    def mark_published(self) -> None:
-        """Count changes from here on."""
+    def mark_published(self, change: Change | None = None) -> None:
+        """Count changes from here on: replicas have the change, or without one everything as it is."""
+        if change is None:
+            self._sent.start({name: (self._rows[name].cpu(), self._rows[name].cpu()) for name in (ITEM, USER)})
+        else:
+            self._sent.note({name: change.rows[name] for name in (ITEM_ROWS, USER_ROWS)})
+        self._start_counting()
+
+    def _start_counting(self) -> None:
         self._reused_users: dict[int, str] = {}
         self._published_items, self._published_users = len(self.items), len(self.users)
         self._touched_items: set[int] = set()
         self._touched_users: set[int] = set()
+        self._counted: set[int] = set()
         self._described: set[int] = set()
 
     def describe(self, item_id: str, text: str, vector: np.ndarray) -> None:
@@ -93,7 +112,7 @@ class LiveModel:
             user_row = self._reuse_row(user_id)
         if item_row != UNKNOWN_ROW:
             self.counts[item_row] += 1
-            self._touched_items.add(item_row)
+            self._counted.add(item_row)
         if user_row != UNKNOWN_ROW:
             self._touched_users.add(user_row)
 
@@ -140,25 +159,27 @@ class LiveModel:
             range(self._published_items, len(self.items)),
             range(self._published_users, len(self.users)),
         )
-        items = torch.tensor(sorted(self._touched_items.union(new_items)), dtype=torch.int64)
-        users = torch.tensor(sorted(self._touched_users.union(new_users)), dtype=torch.int64)
-        described = torch.tensor(sorted(self._described.union(new_items)), dtype=torch.int64)
         rows = {name: tensor.cpu() for name, tensor in self._rows.items()}
+        touched = {ITEM: self._touched_items.union(new_items), USER: self._touched_users.union(new_users)}
+        anyway = {ITEM: set(new_items), USER: set(new_users).union(self._reused_users)}
+        sent = {name: self._sent.choose(name, rows[name], touched[name], anyway[name]) for name in (ITEM, USER)}
+        described, counted = _index(self._described.union(new_items)), _index(self._counted.union(new_items))
+        own = {name: _index(touched[name]) for name in (ITEM, USER)}
+        optimizer_rows = {f"{name}.momentum": (index, rows[f"{name}.momentum"][index]) for name, index in own.items()}
+        if self._sent.is_lossy:
+            optimizer_rows |= {f"{EXACT}{name}": (index, rows[name][index]) for name, index in own.items()}
         dense, moments = self._dense_and_moments()
         return Change(
             new_items=[(self.items.ids[row], self.item_texts[row]) for row in new_items],
             new_users=self.users.ids[self._published_users :],
             reused_users=dict(self._reused_users),
             rows={
-                ITEM_ROWS: (items, rows[ITEM][items]),
-                USER_ROWS: (users, rows[USER][users]),
-                TEXT_ROWS: (described, torch.from_numpy(self.text)[described]),
-                COUNT_ROWS: (items, torch.from_numpy(self.counts)[items]),
+                ITEM_ROWS: sent[ITEM],
+                USER_ROWS: sent[USER],
+                TEXT_ROWS: (described, QuantizedRows(torch.from_numpy(self.text)[described])),
+                COUNT_ROWS: (counted, QuantizedRows(torch.from_numpy(self.counts)[counted])),
             },
-            optimizer_rows={
-                f"{ITEM}.momentum": (items, rows[f"{ITEM}.momentum"][items]),
-                f"{USER}.momentum": (users, rows[f"{USER}.momentum"][users]),
-            },
+            optimizer_rows=optimizer_rows,
             dense=dense,
             optimizer=moments,
         )
@@ -193,3 +214,7 @@ def _build_dense(state: VersionState, device: torch.device) -> TwoStage:
     )
     dense.load_state_dict(dict(state.dense))
     return dense.to(device).eval()
+
+
+def _index(rows: set[int]) -> torch.Tensor:
+    return torch.tensor(sorted(rows), dtype=torch.int64)

@@ -10,6 +10,7 @@ from cluster.events import events_table
 from cluster.log import Interaction
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
+from embeddings.quantized import QuantizedRows
 from training.models.served import ServedModel
 from training.models.version import (
     COUNT_ROWS,
@@ -222,9 +223,9 @@ class TestADelta:
 
 
 def moved_rows(version: VersionState) -> Change:
-    def grown(name: str, *indices: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def grown(name: str, *indices: int) -> tuple[torch.Tensor, QuantizedRows]:
         shape = (len(indices), *version.rows[name].shape[1:])
-        return torch.tensor(indices), torch.randn(shape, generator=torch.Generator().manual_seed(8))
+        return torch.tensor(indices), QuantizedRows(torch.randn(shape, generator=torch.Generator().manual_seed(8)))
 
     return Change(
         new_items=[("new", "a new film")],
@@ -233,7 +234,7 @@ def moved_rows(version: VersionState) -> Change:
             ITEM_ROWS: grown(ITEM_ROWS, 3, 9, 30),
             USER_ROWS: grown(USER_ROWS, len(version.user_ids)),
             TEXT_ROWS: grown(TEXT_ROWS, 30),
-            COUNT_ROWS: (torch.tensor([30]), torch.tensor([1])),
+            COUNT_ROWS: (torch.tensor([30]), QuantizedRows(torch.tensor([1]))),
         },
         optimizer_rows={},
         dense=version.dense,

@@ -11,6 +11,7 @@ from cluster.errors import CorruptVersionError
 from cluster.events import Event, events_table
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
+from embeddings.quantized import QuantizedRows
 from training.models.version import (
     COUNT_ROWS,
     ITEM_ROWS,
@@ -85,7 +86,7 @@ def changed(state: VersionState, seed: int, new_items: int = 0, new_users: int =
     change = Change(
         new_items=items,
         new_users=users,
-        rows=pairs,
+        rows={name: (index, QuantizedRows(value)) for name, (index, value) in pairs.items()},
         optimizer_rows=optimizer_pairs,
         dense=dense,
         optimizer=moments,
@@ -148,7 +149,7 @@ def test_a_delta_of_nothing_changes_nothing(registry: Registry, published: Versi
     change = Change(
         new_items=[],
         new_users=[],
-        rows={name: (none, rows[none]) for name, rows in version.rows.items()},
+        rows={name: (none, QuantizedRows(rows[none])) for name, rows in version.rows.items()},
         optimizer_rows={},
         dense=version.dense,
         optimizer={},

@@ -129,12 +129,13 @@ def test_a_delta_holds_only_what_changed_since_the_last(build_home):
     live = take_up(build_home())
     live.count("new", "u0")
     learn(live, history(0, "i1", "i2"), negatives=(7,))
-    live.mark_published()
+    live.mark_published(live.change())
     live.count("i20", "u3")
     change = live.change()
     assert not change.new_items
     assert not change.new_users
-    assert change.rows[ITEM_ROWS][0].tolist() == [20]
+    assert change.rows[COUNT_ROWS][0].tolist() == [20]
+    assert change.rows[ITEM_ROWS][0].tolist() == []
     assert change.rows[USER_ROWS][0].tolist() == [3]
     assert change.rows[TEXT_ROWS][0].tolist() == []
 
@@ -161,9 +162,9 @@ def test_a_described_item_has_its_text_in_the_delta_whether_known_or_new(build_h
     live.describe("seen first", "described later", 2 * vector)
     change = live.change()
     assert change.new_items == [("new", "a new text"), ("seen first", "described later")]
-    index, value = change.rows[TEXT_ROWS]
+    index, rows = change.rows[TEXT_ROWS]
     assert index.tolist() == [2, tiny.ITEMS, tiny.ITEMS + 1]
-    assert value.sum(1).tolist() == [1.0, 1.0, 2.0]
+    assert rows.value.sum(1).tolist() == [1.0, 1.0, 2.0]
 
 
 def test_full_tables_leave_new_ids_out_and_go_on(build_home):
