@@ -172,6 +172,7 @@ def _zipf_sequences(rng: np.random.Generator, rows: int, events: int) -> Sequenc
         ts_BL=np.zeros(shape, np.int64),
         target_row_BL=targets,
         target_rating_BL=np.full(shape, np.nan, np.float32),
+        weight_BL=np.ones(shape, np.float32),
     )
 
 

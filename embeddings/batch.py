@@ -42,6 +42,8 @@ class Sequences:
     """int64: the item interacted with next, `PAD` where nothing is to be learned."""
     target_rating_BL: np.ndarray
     """float32: its rating; NaN where the next interaction is none."""
+    weight_BL: np.ndarray
+    """float32: how much each target counts; 1 is fully."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class Batch:
     target_BL: torch.Tensor
     """int64 into `item_rows_N`, `PAD` where nothing is to be learned."""
     target_rating_BL: torch.Tensor
+    weight_BL: torch.Tensor
+    """float32: how much each target counts."""
     negative_S: torch.Tensor
     """int64 into `item_rows_N`."""
 
@@ -99,5 +103,6 @@ def build_batch(sequences: Sequences, negative_rows_S: np.ndarray, text: np.ndar
         ts_BL=torch.from_numpy(sequences.ts_BL),
         target_BL=torch.from_numpy(target_BL),
         target_rating_BL=torch.from_numpy(sequences.target_rating_BL.astype(np.float32)),
+        weight_BL=torch.from_numpy(sequences.weight_BL),
         negative_S=torch.from_numpy(positions[2 * cells :]),
     )

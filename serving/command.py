@@ -5,11 +5,13 @@ Knows nothing of how requests are answered or how the trainer learns, which it s
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -50,30 +52,45 @@ def run(args: argparse.Namespace) -> None:
     engine = recipe.section(EngineConfig)
     with (
         ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose) as session,
+        _ending_with(session),
         running_app(recipe, args.home, args.host, args.port, dataset) as url,
         _online_trainer()(recipe, args.home) as trainer,
     ):
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
-        _watch(session, trainer)
+        _watch(trainer)
 
 
-def _watch(session: RaySession, trainer: "ActorHandle[Any] | None") -> None:  # Any: a layer that serving may not name
-    """Wait for Ctrl-C; say so when learning stops, which no request would show, and end when Ray is gone.
+def _watch(trainer: "ActorHandle[Any] | None") -> None:  # Any: an actor of a layer that serving may not name
+    """Wait for Ctrl-C; say so when learning stops, which no request would show."""
+    while True:
+        time.sleep(TRAINER_WATCH_S)
+        if trainer is not None:
+            _look_after(trainer)
+
+
+@contextlib.contextmanager
+def _ending_with(session: RaySession) -> Iterator[None]:
+    """End the command once Ray is gone, wherever in the block it is: what it waits for would never come.
 
     A Ray whose daemon has ended comes back by starting anew only: that is for whoever runs this command.
     """
-    looked_s = time.monotonic()
-    while True:
-        time.sleep(SESSION_WATCH_S)
-        if lost := session.lost():
-            print(
-                f"recloop: {lost} has ended, and Ray with it; start `recloop serve` again", file=sys.stderr, flush=True
-            )
-            session.abandon()
-            os._exit(EngineError.exit_code)
-        if trainer is not None and time.monotonic() - looked_s >= TRAINER_WATCH_S:
-            _look_after(trainer)
-            looked_s = time.monotonic()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not (lost := session.lost()):
+            if ended.wait(SESSION_WATCH_S):
+                return
+        print(f"recloop: {lost} has ended, and Ray with it; start `recloop serve` again", file=sys.stderr, flush=True)
+        session.abandon()
+        os._exit(EngineError.exit_code)
+
+    watch = threading.Thread(target=look, name="session-watch", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
 
 
 def _look_after(trainer: "ActorHandle[Any]") -> None:  # Any: as above

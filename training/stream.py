@@ -143,6 +143,7 @@ def build_sequences(history: History, windows: Windows) -> Sequences:
         ts_BL=np.where(seen_BL, history.ts_s[cell_BL], 0),
         target_row_BL=np.where(seen_BL, history.item_row[next_BL], PAD),
         target_rating_BL=np.where(rated_BL, history.value[next_BL], np.nan),
+        weight_BL=np.ones(seen_BL.shape, np.float32),
     )
 
 

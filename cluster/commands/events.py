@@ -15,6 +15,7 @@ from cluster.config import SECTIONS, load_recipe
 from cluster.errors import ConfigError, EngineError
 from cluster.home import Home, find_home
 from cluster.log import EventLog, LoggedEvent
+from cluster.log.quarantine import Quarantine
 from cluster.log.repair import RepairReport, repair_log
 from cluster.log.retention import LogConfig
 from cluster.log.transfer import export_events, replay_events
@@ -65,6 +66,30 @@ def _replay(args: argparse.Namespace) -> Result:
     with open_log(args.home) as log, EventLog(target.ensure().log) as other:
         new, known = replay_events(log, other, args.first_seq, args.last_seq)
         return {"log": str(other.path), "appended": new, "duplicates": known, "head_seq": other.head_seq()}
+
+
+def _quarantine(args: argparse.Namespace) -> Result:
+    """List what is in quarantine, and release or drop what was chosen of it."""
+    _require_log(args.home)
+    quarantine = Quarantine(args.home.log)
+    try:
+        chosen = {"user_id": args.user, "item_id": args.item, "first_seq": args.first_seq}
+        chosen["last_seq"] = args.last_seq or 2**62
+        held = [entry.seq for entry in quarantine.find(states=["held"], **chosen)]
+        if args.release:
+            quarantine.release(held)
+        if args.drop:
+            quarantine.drop(held)
+        found = quarantine.find(limit=args.last, **chosen)
+        return {
+            "quarantine": str(quarantine.path),
+            "counts": quarantine.counts(),
+            "released": len(held) if args.release else 0,
+            "dropped": len(held) if args.drop else 0,
+            "events": [dataclasses.asdict(entry) | {"reasons": ", ".join(entry.reasons)} for entry in found],
+        }
+    finally:
+        quarantine.close()
 
 
 def open_log(home: Home, config: LogConfig | None = None) -> EventLog:
@@ -145,4 +170,5 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], Result | None]] = {
     "seal": _seal,
     "export": _export,
     "replay": _replay,
+    "quarantine": _quarantine,
 }

@@ -226,7 +226,7 @@ def _versions(commands: Commands) -> _Parser:
 
 
 def _events(commands: Commands) -> _Parser:
-    summary = "show, verify, repair, seal, export or replay the event log"
+    summary = "show, verify, repair, seal, export or replay the event log; see and release what is in quarantine"
     parser = _command(
         commands,
         "events",
@@ -238,8 +238,9 @@ def _events(commands: Commands) -> _Parser:
         "seal --set log.seal_after_events=100000 --set log.keep_days=90",
         "export --to data/live --from 1 --until 50000",
         "replay --from 1 --to other-home",
+        "quarantine --user u7 --release",
     )
-    actions = ["tail", "verify", "seal", "export", "replay"]
+    actions = ["tail", "verify", "seal", "export", "replay", "quarantine"]
     parser.add_argument("action", nargs="?", choices=actions, default="tail")
     parser.add_argument("--last", metavar="N", type=_positive, default=10, help="how many; default: %(default)s")
     parser.add_argument("--repair", action="store_true", help="verify: save what can be read of a damaged log")
@@ -251,6 +252,11 @@ def _events(commands: Commands) -> _Parser:
     last = "export, replay: the last one; default: the newest"
     parser.add_argument("--until", metavar="SEQ", dest="last_seq", type=_positive, help=last)
     parser.add_argument("--follow", action="store_true", help="go on with new ones until Ctrl-C")
+    parser.add_argument("--user", metavar="ID", help="quarantine: of this user alone")
+    parser.add_argument("--item", metavar="ID", help="quarantine: with this item alone")
+    fate = parser.add_mutually_exclusive_group()
+    fate.add_argument("--release", action="store_true", help="quarantine: let what is held be learned")
+    fate.add_argument("--drop", action="store_true", help="quarantine: never let it be learned")
     return parser
 
 

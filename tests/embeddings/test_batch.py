@@ -20,6 +20,7 @@ def sequences(history: list[list[int]], target: list[list[int]], users: list[int
         ts_BL=np.zeros(shape, np.int64),
         target_row_BL=np.array(target),
         target_rating_BL=np.full(shape, np.nan, np.float32),
+        weight_BL=np.ones(shape, np.float32),
     )
 
 

@@ -50,6 +50,7 @@ def share_of_batch(rank: int, workers: int) -> Batch:
         ts_BL=np.sort(rng.integers(0, 10**6, shape), axis=1),
         target_row_BL=items_BL[:, 1:],
         target_rating_BL=rng.integers(1, 6, shape).astype(np.float32),
+        weight_BL=np.ones(shape, np.float32),
     )
     mine = Sequences(**{f.name: getattr(whole, f.name)[rank::workers] for f in fields(Sequences)})
     text = rng.normal(size=(ITEMS, TEXT_DIM)).astype(np.float32)

@@ -136,12 +136,13 @@ class TwoStage(nn.Module):
             self._visible(user_row_BD, batch.has_user_B),
         )
         learned_BL = batch.target_BL != PAD
-        user_PD, target_P = user_BLD[learned_BL], batch.target_BL[learned_BL]
-        retrieval, score_PS = self._retrieval_loss(user_PD, target_P, item_ND, batch)
+        user_PD, target_P, weight_P = user_BLD[learned_BL], batch.target_BL[learned_BL], batch.weight_BL[learned_BL]
+        retrieval, score_PS = self._retrieval_loss(user_PD, target_P, weight_P, item_ND, batch)
         some_R = torch.randperm(len(target_P), device=target_P.device)[:RANKED_POSITIONS]
         click, rating = self._ranking_losses(
             user_PD.detach()[some_R],
             target_P[some_R],
+            weight_P[some_R],
             batch.target_rating_BL[learned_BL][some_R],
             score_PS.detach()[some_R],
             item_ND.detach(),
@@ -156,9 +157,17 @@ class TwoStage(nn.Module):
         return user_row_BD * shown_B.unsqueeze(-1)
 
     def _retrieval_loss(
-        self, user_PD: torch.Tensor, target_P: torch.Tensor, item_ND: torch.Tensor, batch: Batch
+        self,
+        user_PD: torch.Tensor,
+        target_P: torch.Tensor,
+        weight_P: torch.Tensor,
+        item_ND: torch.Tensor,
+        batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean loss and the draws' plain scores [P, S], −inf where a draw is the target itself."""
+        """Return the loss, a weighted sum over the number of targets, and the draws' plain scores [P, S].
+
+        A score is −inf where a draw is the target itself.
+        """
         score_P = (user_PD * item_ND[target_P]).sum(-1)
         hit_PS = batch.negative_S.unsqueeze(0) == target_P.unsqueeze(1)
         score_PS = (user_PD @ item_ND[batch.negative_S].T).masked_fill(hit_PS, float("-inf"))
@@ -166,13 +175,14 @@ class TwoStage(nn.Module):
             [(score_P - batch.log_q_N[target_P]).unsqueeze(1), score_PS - batch.log_q_N[batch.negative_S]], dim=1
         )
         # The positive is candidate 0. A batch with nothing to learn has loss 0, not NaN.
-        loss = functional.cross_entropy(logit_PC, torch.zeros_like(target_P), reduction="sum")
-        return loss / max(len(target_P), 1), score_PS
+        loss_P = functional.cross_entropy(logit_PC, torch.zeros_like(target_P), reduction="none")
+        return (weight_P * loss_P).sum() / max(len(target_P), 1), score_PS
 
     def _ranking_losses(
         self,
         user_RD: torch.Tensor,
         target_R: torch.Tensor,
+        weight_R: torch.Tensor,
         rating_R: torch.Tensor,
         score_RS: torch.Tensor,
         item_ND: torch.Tensor,
@@ -199,12 +209,12 @@ class TwoStage(nn.Module):
         counted_RC = torch.ones_like(logit_RC)
         counted_RC[:, 1:] = (candidate_RC[:, 1:] != candidate_RC[:, :1]).to(logit_RC.dtype)
         click = functional.binary_cross_entropy_with_logits(
-            logit_RC, chosen_RC, weight=counted_RC, reduction="sum"
+            logit_RC, chosen_RC, weight=counted_RC * weight_R.unsqueeze(1), reduction="sum"
         ) / max(len(target_R), 1)
 
         rated_R = rating_R.isfinite()
         error_R = (heads[RATING][:, 0] - rating_R.nan_to_num())[rated_R]
-        return click, error_R.square().sum() / rated_R.sum().clamp(min=1)
+        return click, (weight_R[rated_R] * error_R.square()).sum() / rated_R.sum().clamp(min=1)
 
 
 def build_history_encoder(config: ModelConfig, dim: int) -> HistoryEncoder:

@@ -13,7 +13,8 @@ Knows nothing of how it was learned or how it is served.
 A delta has the same files less history and recipe; its row tensors come in pairs, NAME.index and NAME.value, its
 items and users are those that are new and follow the ones before. A user with a `row` takes over that row instead.
 Rows may be rounded (`online.delta_rows`) or sent only once they have changed enough (`online.delta_threshold`): then
-optimizer.safetensors, which replicas do not read, has the trainer's own as exact.NAME. Rows of int8 have NAME.scale.
+optimizer.safetensors, which replicas do not read, has the trainer's own as exact.NAME. With NAME.scale, int8 values are
+steps of change to the row before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -249,5 +250,6 @@ def _apply_pairs(before: Mapping[str, torch.Tensor], changed: Mapping[str, torch
             old = before[row_tensor]
             sent = QuantizedRows(changed[f"{row_tensor}.value"], changed.get(f"{row_tensor}.scale"))
             after[row_tensor] = grow_rows(old, max(old.shape[0], int(index.max()) + 1))
-            after[row_tensor][index.long()] = sent.dequantized()
+            rows = index.long()
+            after[row_tensor][rows] = sent.applied_to(after[row_tensor][rows])
     return after

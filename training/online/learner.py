@@ -16,7 +16,7 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,9 +45,11 @@ from training.models.version import (
     write_delta,
     write_version,
 )
+from training.online.admission import Intake
 from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
 from training.online.guard import GuardConfig, ProgressiveValidation
+from training.online.intake import IntakeConfig
 from training.online.model import LiveModel
 from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
@@ -72,9 +74,9 @@ class OnlineConfig:
     """How the stream is learned."""
 
     enabled: bool = True
-    learning_rate: float = 0.0002
+    learning_rate: float = 0.00003
     """Of AdamW on the dense weights."""
-    table_rate: float = 1.0
+    table_rate: float = 3.0
     """Learning rate of the tables as a share of their batch rate."""
     clip_norm: float = 1.0
     batch_targets: int = 4096
@@ -143,6 +145,7 @@ class OnlineLearner:
         self.config = recipe.section(OnlineConfig)
         self.guard_config = recipe.section(GuardConfig)
         self.drift = DriftDetector(recipe.section(DriftConfig))
+        self.intake = Intake(log, recipe.section(IntakeConfig))
         self.cache_folder = cache_folder
         self.device = device
         self._follow_pointer(registry.current(), took_up=False)
@@ -167,8 +170,15 @@ class OnlineLearner:
         self._item_seq = 0
         metrics = self.registry.manifest(ref).metrics
         self.events_total, self.set_aside_total = (int(metrics.get(name, 0)) for name in (EVENTS, SET_ASIDE))
+        self._past_total = int(self.live.counts.sum())
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
+        self.intake.take_up(self.registry, ref, self.applied_seq, self._past_share)
         self._start_delta()
+
+    def _past_share(self, item_id: str) -> float:
+        """Return an item's share of all interactions counted; as if each item had one more."""
+        row, counts = self.live.items.row(item_id), self.live.counts[: len(self.live.items)]
+        return ((int(counts[row]) if row != UNKNOWN_ROW else 0) + 1) / (self._past_total + len(counts))
 
     def _start_delta(self, published: Change | None = None) -> None:
         """Collect what the next delta holds, after one that was published, or after a version."""
@@ -186,18 +196,29 @@ class OnlineLearner:
     def learn(self, events: Sequence[LoggedEvent]) -> None:
         """Predict and then learn the events that follow the last learned one in the log, but for those left out."""
         self._describe_put_items()
-        counted = [logged for logged in events if not self.exclusions.covers(logged.seq, logged.event.user_id)]
+        included = [logged for logged in events if not self.exclusions.covers(logged.seq, logged.event.user_id)]
+        counted, weights = self.intake.admit(included)
         self.set_aside_total += len(events) - len(counted)
+        self._learn(counted, weights)
+        self.applied_seq = events[-1].seq
+        self.pending_events += len(events)
+
+    def learn_released(self) -> int:
+        """Learn what has been released from quarantine since; return how many events that were."""
+        released = self.intake.take_released(self.live.dense.config.max_history)
+        for logged in released:  # one by one: each is learned after its user's history of then
+            self._learn([logged], {})
+        return len(released)
+
+    def _learn(self, counted: Sequence[LoggedEvent], weights: Mapping[int, float]) -> None:
         interactions = [logged for logged in counted if logged.event.kind in INTERACTION_KINDS]
         for logged in interactions:
             self.live.count(logged.event.item_id, logged.event.user_id)
         histories = self._histories(interactions)
         if histories:
-            sequences = build_live_sequences(histories, self.live.items)
+            sequences = build_live_sequences(histories, self.live.items, weights)
             self._validate(sequences)
             self._train(sequences)
-        self.applied_seq = events[-1].seq
-        self.pending_events += len(events)
 
     def _validate(self, sequences: Sequences) -> None:
         """Predict what is about to be learned, with the present weights and with those they grew from."""
@@ -226,7 +247,8 @@ class OnlineLearner:
         if (current := self.registry.current()) != self.ref:
             self._follow_pointer(current, took_up=True)
             return None
-        if not self.pending_events:
+        released = self.learn_released()
+        if not self.pending_events and not released:
             return None
         change = self.live.change()
         if (damage := self._damage(change)) is not None:
@@ -246,10 +268,12 @@ class OnlineLearner:
     def _publish_delta(self, change: Change, metrics: dict[str, object]) -> VersionRef:
         draft = self.registry.draft_delta(self.ref.version)
         write_delta(draft, change)
+        self.intake.write(draft)
         self.events_total += self.pending_events
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total}
         metrics = {"events": self.pending_events} | totals | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
+        self.intake.note_published()
         self._start_delta(change)
         return self.ref
 
@@ -295,13 +319,9 @@ class OnlineLearner:
 
     def _damage(self, change: Change) -> str | None:
         """Return why the learning since the last delta ruined the weights, or none."""
-        rows = [rows.dequantized() for _, rows in change.rows.values()]
-        tensors = [
-            *rows,
-            *(value for _, value in change.optimizer_rows.values()),
-            *change.dense.values(),
-            *change.optimizer.values(),
-        ]
+        rows = [part for _, sent in change.rows.values() for part in (sent.value, sent.scale_N) if part is not None]
+        own = [value for _, value in change.optimizer_rows.values()]
+        tensors = [*rows, *own, *change.dense.values(), *change.optimizer.values()]
         if not all(tensor.isfinite().all() for tensor in tensors):
             return "a weight is not finite"
         if self._newest is None:
@@ -394,7 +414,9 @@ class OnlineLearner:
         known = [
             entry
             for entry in state.history
-            if self.live.items.row(entry.item_id) != UNKNOWN_ROW and not self.exclusions.covers(entry.seq, user_id)
+            if self.live.items.row(entry.item_id) != UNKNOWN_ROW
+            and not self.exclusions.covers(entry.seq, user_id)
+            and not self.intake.holds(entry.seq)
         ]
         if len(known) < 2 or known[-1].seq < first_new_seq:
             return None

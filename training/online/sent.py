@@ -52,10 +52,10 @@ class SentRows:
         looked_at = touched | self._kept_back[name]
         self._looked_at[name] = looked_at
         index = torch.tensor(sorted(looked_at), dtype=torch.int64)
-        rounded = quantize(trained[index], self._format)
         held = self._held[name][index]
+        rounded = quantize(trained[index], held, self._format)
         change = (trained[index] - held).norm(dim=1)
-        chosen = (rounded.dequantized() != held).any(1) & ~(change <= self._threshold * held.norm(dim=1))
+        chosen = (rounded.applied_to(held) != held).any(1) & ~(change <= self._threshold * held.norm(dim=1))
         chosen |= torch.isin(index, torch.tensor(sorted(anyway), dtype=torch.int64))
         return index[chosen], rounded.take(chosen)
 
@@ -64,5 +64,5 @@ class SentRows:
         if not self.is_lossy:
             return
         for name, (index, rows) in sent.items():
-            self._held[name][index] = rows.dequantized()
+            self._held[name][index] = rows.applied_to(self._held[name][index])
             self._kept_back[name] = self._looked_at[name] - set(index.tolist()) if self._threshold else set()

@@ -4,7 +4,7 @@ In:  per user, the interactions up to the newest one, and which of them are new.
 Knows nothing of the log or the model. The counterpart for datasets is training/stream.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -24,10 +24,12 @@ class LiveHistory:
     first_new_seq: int
 
 
-def build_live_sequences(histories: Sequence[LiveHistory], items: Vocabulary) -> Sequences:
+def build_live_sequences(
+    histories: Sequence[LiveHistory], items: Vocabulary, weights: Mapping[int, float] | None = None
+) -> Sequences:
     """Lay the histories out right-aligned: each interaction but the last is seen, each new one is a target.
 
-    Every interaction's item must have a row.
+    Every interaction's item must have a row. `weights`, by sequence number, are 1 where none is given.
     """
     length = max(1, max(len(history.interactions) for history in histories) - 1)
     shape = (len(histories), length)
@@ -39,6 +41,7 @@ def build_live_sequences(histories: Sequence[LiveHistory], items: Vocabulary) ->
         ts_BL=np.zeros(shape, np.int64),
         target_row_BL=np.full(shape, PAD, np.int64),
         target_rating_BL=np.full(shape, np.nan, np.float32),
+        weight_BL=np.ones(shape, np.float32),
     )
     for b, history in enumerate(histories):
         for before, (seen, target) in enumerate(
@@ -50,6 +53,7 @@ def build_live_sequences(histories: Sequence[LiveHistory], items: Vocabulary) ->
             laid_out.ts_BL[b, before] = seen.ts_us // 1_000_000
             if target.seq >= history.first_new_seq:
                 laid_out.target_row_BL[b, before] = items.row(target.item_id)
+                laid_out.weight_BL[b, before] = (weights or {}).get(target.seq, 1.0)
                 if target.kind == "rating":
                     laid_out.target_rating_BL[b, before] = _float32(target.value)
     return laid_out

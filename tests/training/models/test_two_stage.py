@@ -26,7 +26,12 @@ def model() -> TwoStage:
 
 
 def batch(
-    *, targets: list[int], negatives: list[int], ratings: list[float] | None = None, q: tuple[float, ...] = Q
+    *,
+    targets: list[int],
+    negatives: list[int],
+    ratings: list[float] | None = None,
+    q: tuple[float, ...] = Q,
+    weights: list[float] | None = None,
 ) -> Batch:
     """One user with a history of item 0 whose next items are `targets`; every row is named by its own index."""
     length = len(targets)
@@ -43,6 +48,7 @@ def batch(
         ts_BL=torch.zeros(1, length, dtype=torch.int64),
         target_BL=torch.tensor([targets]),
         target_rating_BL=torch.tensor([ratings or [math.nan] * length]),
+        weight_BL=torch.tensor([weights or [1.0] * length]),
         negative_S=torch.tensor(negatives),
     )
 
@@ -70,6 +76,13 @@ def test_the_retrieval_loss_is_the_mean_over_targets(model: TwoStage) -> None:
     # Target 0: 2 / (2 + 12). Target 3: 1 / (1/8) = 8, so 8 / (8 + 12).
     found = losses(model, (1, 3, 1, 1), batch(targets=[0, 3], negatives=[1]))
     assert found.retrieval.item() == pytest.approx((math.log(7) + math.log(5 / 2)) / 2, rel=1e-6)
+
+
+def test_a_target_counts_as_much_as_it_weighs(model: TwoStage) -> None:
+    whole = [losses(model, (1, 3, 1, 1), batch(targets=[0, 3], negatives=[1], weights=w)) for w in ([1, 0.0], [0.0, 1])]
+    half = losses(model, (1, 3, 1, 1), batch(targets=[0, 3], negatives=[1], ratings=[2.0, 4.0], weights=[1, 0.5]))
+    assert half.retrieval.item() == pytest.approx(whole[0].retrieval.item() + 0.5 * whole[1].retrieval.item(), rel=1e-6)
+    assert half.click.item() == pytest.approx(whole[0].click.item() + 0.5 * whole[1].click.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("q", [Q, (1 / 4,) * 4])

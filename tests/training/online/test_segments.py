@@ -16,6 +16,7 @@ def sequences(user_row_B, target_row_BL) -> Sequences:
         ts_BL=np.zeros(shape, np.int64),
         target_row_BL=np.array(target_row_BL),
         target_rating_BL=np.zeros(shape, np.float32),
+        weight_BL=np.ones(shape, np.float32),
     )
 
 

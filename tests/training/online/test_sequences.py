@@ -48,6 +48,7 @@ def test_one_new_click_after_two_old_ones_is_the_only_target():
         "ts_BL": np.array([[-7 + 0, 4]]),
         "target_row_BL": np.array([[PAD, 2]]),
         "target_rating_BL": np.array([[NAN, NAN]], np.float32),
+        "weight_BL": np.ones((1, 2), np.float32),
     }
     assert_equal(build_live_sequences([history], ITEMS), expected)
 
