@@ -10,6 +10,7 @@ intake.py     who is suspicious, and how much an event weighs
 admission.py  events on their way: judged, held in quarantine, let in
 segments.py   which of them are judged apart
 guard.py      progressive validation: whether what was learned may be served
+surprise.py   whether the newest events are like those before
 drift.py      whether what comes in, or what is made of it, has changed
 exclusions.py what of the log is not learned from
 undo.py       a version as if some of the log had not been learned from

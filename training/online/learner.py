@@ -55,6 +55,7 @@ from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
 from training.online.sent import SentRows
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
+from training.online.surprise import Surprise, SurpriseConfig
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
 
@@ -145,6 +146,7 @@ class OnlineLearner:
         self.config = recipe.section(OnlineConfig)
         self.guard_config = recipe.section(GuardConfig)
         self.drift = DriftDetector(recipe.section(DriftConfig))
+        self.surprise = Surprise(recipe.section(SurpriseConfig))
         self.intake = Intake(log, recipe.section(IntakeConfig))
         self.cache_folder = cache_folder
         self.device = device
@@ -171,6 +173,8 @@ class OnlineLearner:
         metrics = self.registry.manifest(ref).metrics
         self.events_total, self.set_aside_total = (int(metrics.get(name, 0)) for name in (EVENTS, SET_ASIDE))
         self._past_total = int(self.live.counts.sum())
+        if not self.surprise.metrics():
+            self.surprise.restore(metrics)
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self.intake.take_up(self.registry, ref, self.applied_seq, self._past_share)
         self._start_delta()
@@ -228,6 +232,7 @@ class OnlineLearner:
         segments = self._segments.of(sequences, self.live.reused_rows)
         learned = self.live.predict(sequences)
         self.guard.record(learned, base, popularity_loss_P, segments)
+        self.surprise.record(base.loss_P)
         self.drift.record(
             {
                 "new users": segments[NEW_USERS],
@@ -253,9 +258,10 @@ class OnlineLearner:
         change = self.live.change()
         if (damage := self._damage(change)) is not None:
             return self._set_aside(damage)
-        if (objection := self.guard.objection()) is not None:
+        if (objection := self.guard.objection() or self.surprise.objection()) is not None:
+            self.surprise.discard()
             return self._roll_back(objection)
-        metrics: dict[str, object] = {"validation": self.guard.metrics()}
+        metrics: dict[str, object] = {"validation": self.guard.metrics(), **self.surprise.metrics()}
         if drifts := self.drift.take():
             metrics["drift"] = [asdict(drift) for drift in drifts]
         ref = self._publish_delta(change, metrics)
@@ -300,7 +306,7 @@ class OnlineLearner:
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
         self.ref = draft.publish(
             offset=self.applied_seq,
-            metrics=totals | self.exclusions.metrics() | metrics,
+            metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | metrics,
             parent=self.ref,
             promote_from=promote_from or self.ref,
         )
