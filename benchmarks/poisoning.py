@@ -100,15 +100,11 @@ def main() -> None:
         }
         print(attack, results["attacks"][attack], file=sys.stderr, flush=True)
     results["corrupted"] = _corrupted_batch(home, events, count)
-    checks = [
-        check
-        for attack, found in results["attacks"].items()
-        for check in (
-            build_check(f"{attack}: lift unguarded", found["lift_unguarded"], ">=10"),
-            build_check(f"{attack}: lift guarded", found["lift_guarded"], "<=1.5"),
-            build_check(f"{attack}: people's events held", found["guarded"]["people_held"], "<0.01"),
-        )
-    ]
+    strongest = max(found["lift_unguarded"] for found in results["attacks"].values())
+    checks = [build_check("strongest attack: lift unguarded", strongest, ">=10")]
+    for attack, found in results["attacks"].items():
+        checks.append(build_check(f"{attack}: lift guarded", found["lift_guarded"], "<=1.5"))
+        checks.append(build_check(f"{attack}: people's events held", found["guarded"]["people_held"], "<0.01"))
     corrupted = results["corrupted"]
     checks.append(build_check("corrupted batch undone after s", corrupted["undone_after_s"], "<=60"))
     checks.append(

@@ -75,9 +75,9 @@ class OnlineConfig:
     """How the stream is learned."""
 
     enabled: bool = True
-    learning_rate: float = 0.00003
+    learning_rate: float = 0.00005
     """Of AdamW on the dense weights."""
-    table_rate: float = 3.0
+    table_rate: float = 2.0
     """Learning rate of the tables as a share of their batch rate."""
     clip_norm: float = 1.0
     batch_targets: int = 4096
@@ -258,9 +258,10 @@ class OnlineLearner:
         change = self.live.change()
         if (damage := self._damage(change)) is not None:
             return self._set_aside(damage)
-        if (objection := self.guard.objection() or self.surprise.objection()) is not None:
-            self.surprise.discard()
-            return self._roll_back(objection)
+        if (objection := self.guard.objection()) is not None:
+            return self._roll_back(objection, self.guard.window_start)
+        if (objection := self.surprise.objection()) is not None:
+            return self._roll_back(objection, self.guard.recorded - self.surprise.discard())
         metrics: dict[str, object] = {"validation": self.guard.metrics(), **self.surprise.metrics()}
         if drifts := self.drift.take():
             metrics["drift"] = [asdict(drift) for drift in drifts]
@@ -343,9 +344,9 @@ class OnlineLearner:
         self.set_aside_total += events
         return self._publish_delta(self.live.change(), {"set_aside": objection})
 
-    def _roll_back(self, objection: str) -> VersionRef:
-        """Undo the learning in the guard's window: go on from the delta that was newest when the window began."""
-        while len(self._good) > 1 and self._good[1][1] <= self.guard.window_start:
+    def _roll_back(self, objection: str, since: int) -> VersionRef:
+        """Undo the learning since so many events were recorded: go on from the delta that was the newest then."""
+        while len(self._good) > 1 and self._good[1][1] <= since:
             self._good.popleft()
         good = self._good[0][0]
         if good == self.ref:

@@ -93,15 +93,20 @@ class Surprise:
             f"learning, expected {self._mean:.3f}; at most {config.max_increase} above"
         )
 
-    def discard(self) -> None:
-        """Forget the newest events, which are not learned from; too many in a row are what is expected from now on."""
-        self._discarded += len(self._newest)
+    def discard(self) -> int:
+        """Forget the newest events, which are not learned from, and return how many.
+
+        Too many in a row are what is expected from now on.
+        """
+        discarded = len(self._newest)
+        self._discarded += discarded
         if self._discarded >= self.config.patience_events:
             self._events = 0
             for loss in self._newest:
                 self._expect(loss)
             self._discarded = 0
         self._newest.clear()
+        return discarded
 
     def _expect(self, loss: float) -> None:
         """Take a loss into an average that forgets exponentially once it is over enough events."""
