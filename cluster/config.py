@@ -36,6 +36,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "online": "training.online.learner:OnlineConfig",
         "guard": "training.online.guard:GuardConfig",
         "drift": "training.online.drift:DriftConfig",
+        "join": "training.online.join:JoinConfig",
         "surprise": "training.online.surprise:SurpriseConfig",
         "intake": "training.online.intake:IntakeConfig",
         "serve": "serving.config:ServeConfig",

@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster.config import SECTIONS, load_recipe
 from cluster.errors import ConfigError, EngineError
 from cluster.home import Home, find_home
+from cluster.imports import load_target
 from cluster.log import EventLog, LoggedEvent
 from cluster.log.quarantine import Quarantine
 from cluster.log.repair import RepairReport, repair_log
@@ -23,13 +24,19 @@ from cluster.output import Result
 
 POLL_S = 0.2
 BATCH_EVENTS = 1_000
+NEEDED_TO = {
+    "export": "a folder for the dataset",
+    "replay": "the home whose log takes the events",
+    "join": "the Parquet file for the examples",
+}
+"""What --to names, by action."""
 LOG_SECTIONS = {**SECTIONS, "log": "cluster.log.retention:LogConfig"}
 
 
 def run(args: argparse.Namespace) -> Result | None:
     """Do what `args.action` says."""
-    if args.action in ("export", "replay") and args.to is None:
-        what = "a folder for the dataset" if args.action == "export" else "the home whose log takes the events"
+    if args.action in NEEDED_TO and args.to is None:
+        what = NEEDED_TO[args.action]
         raise ConfigError(f"recloop events {args.action}: --to is missing; name {what}")
     return ACTIONS[args.action](args)
 
@@ -66,6 +73,13 @@ def _replay(args: argparse.Namespace) -> Result:
     with open_log(args.home) as log, EventLog(target.ensure().log) as other:
         new, known = replay_events(log, other, args.first_seq, args.last_seq)
         return {"log": str(other.path), "appended": new, "duplicates": known, "head_seq": other.head_seq()}
+
+
+def _join(args: argparse.Namespace) -> Result:
+    """Join impressions with the feedback that followed them."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    with open_log(args.home) as log:
+        return load_target("training.online.join:join_log")(log, recipe, Path(args.to))
 
 
 def _quarantine(args: argparse.Namespace) -> Result:
@@ -170,5 +184,6 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], Result | None]] = {
     "seal": _seal,
     "export": _export,
     "replay": _replay,
+    "join": _join,
     "quarantine": _quarantine,
 }

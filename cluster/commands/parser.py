@@ -238,14 +238,15 @@ def _events(commands: Commands) -> _Parser:
         "seal --set log.seal_after_events=100000 --set log.keep_days=90",
         "export --to data/live --from 1 --until 50000",
         "replay --from 1 --to other-home",
+        "join --to joined.parquet",
         "quarantine --user u7 --release",
     )
-    actions = ["tail", "verify", "seal", "export", "replay", "quarantine"]
+    actions = ["tail", "verify", "seal", "export", "replay", "join", "quarantine"]
     parser.add_argument("action", nargs="?", choices=actions, default="tail")
     parser.add_argument("--last", metavar="N", type=_positive, default=10, help="how many; default: %(default)s")
     parser.add_argument("--repair", action="store_true", help="verify: save what can be read of a damaged log")
     parser.add_argument(
-        "--to", metavar="DIR", help="export: the dataset's folder; replay: the home that takes the events"
+        "--to", metavar="DIR", help="export: the dataset's folder; replay: the home that takes the events; join: a file"
     )
     first = "export, replay: the first sequence number; default: %(default)s"
     parser.add_argument("--from", metavar="SEQ", dest="first_seq", type=_positive, default=1, help=first)

@@ -6,6 +6,7 @@ model.py      a version taken up for further training, and what changed in it
 sent.py       what replicas have of it
 sequences.py  histories from the log as sequences to learn from
 predictions.py  what weights said of interactions beforehand
+join.py       impressions with the feedback that followed
 intake.py     who is suspicious, and how much an event weighs
 admission.py  events on their way: judged, held in quarantine, let in
 segments.py   which of them are judged apart

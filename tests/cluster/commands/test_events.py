@@ -10,6 +10,7 @@ from cluster.cli import main
 from cluster.dataset import load_dataset
 from cluster.events import Event
 from cluster.log import EventLog
+from cluster.log.quarantine import Quarantine, Quarantined
 
 
 @pytest.fixture
@@ -99,3 +100,28 @@ def test_a_damaged_log_is_refused_then_repaired(home, capsys):
     assert (report["repaired"], report["events"], report["lost_ranges"]) == (True, 100, [])
     assert Path(report["kept"]).is_dir()
     assert run_json(capsys, "verify", "--repair")["repaired"] is False
+
+
+def test_impressions_are_joined_with_their_feedback_into_a_file(home, tmp_path, capsys):
+    shown = Event(user_id="u", item_id="i", kind="impression", ts_us=1, request_id="r", position=0)
+    clicked = Event(user_id="u", item_id="i", kind="click", ts_us=2_000_000, request_id="r")
+    with EventLog(home / "events" / "events.db") as log:
+        log.append([shown, clicked])
+    told = run_json(capsys, "join", "--to", str(tmp_path / "joined.parquet"))
+    assert (told["events"], told["examples"]) == (102, 101)  # of the hundred nothing is known but that they were chosen
+    assert main(["events", "join"]) == 2
+    assert "--to is missing; name the Parquet file for the examples" in capsys.readouterr().err
+
+
+def test_what_is_in_quarantine_is_listed_released_and_dropped(home, capsys):
+    quarantine = Quarantine(home / "events" / "events.db")
+    quarantine.add(
+        Quarantined(seq=seq, user_id=user, item_id="i", kind="click", score=0.5, reasons=("repeats",))
+        for seq, user in ((1, "u1"), (2, "u2"))
+    )
+    quarantine.close()
+    assert run_json(capsys, "quarantine")["counts"]["held"] == 2
+    assert run_json(capsys, "quarantine", "--user", "u1", "--release")["released"] == 1
+    told = run_json(capsys, "quarantine", "--drop")
+    assert told["counts"] == {"held": 0, "released": 1, "learned": 0, "dropped": 1}
+    assert [entry["reasons"] for entry in told["events"]] == ["repeats", "repeats"]
