@@ -184,12 +184,11 @@ class OnlineLearner:
         row, counts = self.live.items.row(item_id), self.live.counts[: len(self.live.items)]
         return ((int(counts[row]) if row != UNKNOWN_ROW else 0) + 1) / (self._past_total + len(counts))
 
-    def _start_delta(self, published: Change | None = None) -> None:
-        """Collect what the next delta holds, after one that was published, or after a version."""
+    def _start_delta(self) -> None:
+        """Collect what the next delta holds."""
         self.pending_events = 0
         self._newest: tuple[Sequences, np.ndarray] | None = None
         self._first_seq = self.applied_seq + 1
-        self.live.mark_published(published)
 
     def read(self) -> list[LoggedEvent]:
         """Return the events of the next step: the further behind, the more at once."""
@@ -281,7 +280,8 @@ class OnlineLearner:
         metrics = {"events": self.pending_events} | totals | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
         self.intake.note_published()
-        self._start_delta(change)
+        self.live.mark_published(change)
+        self._start_delta()
         return self.ref
 
     def _publish_version(self, metrics: dict[str, object], promote_from: VersionRef | None = None) -> None:
@@ -311,6 +311,7 @@ class OnlineLearner:
             parent=self.ref,
             promote_from=promote_from or self.ref,
         )
+        self.live.mark_published()
         self._start_delta()
 
     def _drop_old_versions(self) -> None:

@@ -89,5 +89,6 @@ def test_a_trainer_goes_on_from_its_own_rows_and_replicas_from_the_rounded_ones(
         apart = (held[name] - trained[name]).norm(dim=1)
         rounding = trained[name].abs().amax(1) * 8**0.5 / {"int8": 254, "float16": 1_000, "float32": 1e9}[row_format]
         assert (apart <= threshold * trained[name].norm(dim=1) * 1.1 + rounding * 1.1 + 1e-7).all(), name
+        assert torch.equal(successor.live._sent._held[name][: len(held[name])], held[name])
     assert not torch.equal(held["item"], trained["item"])
     assert torch.equal(held["count"], trained["count"])
