@@ -6,6 +6,7 @@ reported. The replica never leaves rotation; what it served before the last swap
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from training.models.served import ServedModel
 
 RETRY_REFUSED_S = 5.0
 """How long a version that did not hold is left alone, unless the pointer moves."""
+NICENESS = 10
+"""How far reading and building a version stands back behind requests, by the kernel's measure."""
 WARM_UP_ITEMS = 5
 READ_EVENTS = 1_000
 
@@ -139,6 +142,7 @@ class Refresher:
             self._attempt("version", self._follow_pointer)
 
     def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of this thread alone, on Linux
         while not self._stopping.wait(self._poll_interval_s):
             self.follow()
 

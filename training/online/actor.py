@@ -41,6 +41,7 @@ class OnlineTrainer:
         recipe = Recipe.from_toml(recipe_toml)
         torch.set_num_threads(1)
         self._recipe, self._config = recipe, recipe.section(OnlineConfig)
+        os.nice(self._config.niceness)  # before its threads start, which take it on
         self._registry = open_registry(recipe, home)
         self._log = open_log(recipe.section(EngineConfig), recipe.section(LogConfig), home.log)
         self._cache_folder = home.cache

@@ -91,6 +91,8 @@ class OnlineConfig:
     rehearsal_length: int = 50
     publish_interval_ms: int = 500
     """Least time between deltas."""
+    niceness: int = 10
+    """How far learning stands back, by the kernel's measure, where it shares a processor with requests."""
     poll_interval_ms: int = 50
     """How often an idle trainer looks for events."""
     delta_rows: str = "float32"
@@ -123,6 +125,8 @@ class OnlineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.niceness <= 19:
+            raise ConfigError(f"online.niceness={self.niceness}: must be from 0 to 19")
         if self.delta_rows not in FORMATS:
             raise ConfigError(f"online.delta_rows={self.delta_rows!r}: is none of {', '.join(FORMATS)}")
         if not 0 <= self.delta_threshold < 1:

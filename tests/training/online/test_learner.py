@@ -425,6 +425,9 @@ def test_after_enough_deltas_the_chain_becomes_a_version_and_goes_on_there(open_
     [
         ({"learning_rate": 0.0}, "online.learning_rate=0.0: must be above 0"),
         ({"table_rate": -1.0}, "online.table_rate=-1.0: must be above 0"),
+        ({"niceness": 20}, "online.niceness=20: must be from 0 to 19"),
+        ({"delta_rows": "int4"}, "online.delta_rows='int4': is none of float32, float16, int8"),
+        ({"delta_threshold": 1.0}, r"online.delta_threshold=1.0: must be in \[0, 1\)"),
         ({"max_events": 0}, "online.max_events=0: must be at least 1"),
         ({"rehearsal_sequences": -1}, "online.rehearsal_sequences=-1: must be 0 or more"),
     ],
