@@ -28,6 +28,7 @@ from types import FrameType
 
 import psutil
 
+from cluster import haproxy
 from cluster.errors import EngineError, PortTakenError
 
 NAMESPACE = "recloop"
@@ -93,7 +94,7 @@ def ray_session(
     if ray.is_initialized():
         raise EngineError("this process is already connected to Ray; close that session first")
     if address != "local":
-        with _raise_on_sigterm():
+        with raise_on_sigterm():
             _connect(address, logical_cpus=None, folder=None, verbose=verbose)
             try:
                 yield RaySession(address=ray.get_runtime_context().gcs_address, folder=None)
@@ -102,7 +103,7 @@ def ray_session(
         return
 
     folder = Path(tempfile.mkdtemp(prefix="recloop-", dir=_short_temp_root()))
-    with _environment(_private_environment(folder)), _raise_on_sigterm():
+    with _environment(_private_environment(folder)), raise_on_sigterm():
         try:
             _connect("local", logical_cpus=logical_cpus, folder=folder, verbose=verbose)
             address = ray.get_runtime_context().gcs_address
@@ -112,23 +113,30 @@ def ray_session(
                 _shut_down(folder)
 
 
-def serve_http(host: str, port: int) -> None:
-    """Start Ray Serve's HTTP ingress on the session's head. Raises `PortTakenError`."""
+def serve_http(host: str, port: int, *, shared: bool = False) -> None:
+    """Start Ray Serve's HTTP ingress on the session's head, on a port that may be shared with processes that allow it.
+
+    Raises `PortTakenError`.
+    """
     from ray import serve
 
-    assert_port_free(host, port)
+    assert_port_free(host, port, shared=shared)
     logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").level)  # its import has made it talkative
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
 
 
-def assert_port_free(host: str, port: int) -> None:
-    """Raise `PortTakenError` if something listens on the address, `EngineError` if the host is not this machine's."""
+def assert_port_free(host: str, port: int, *, shared: bool = False) -> None:
+    """Raise `PortTakenError` if something listens on the address, `EngineError` if the host is not this machine's.
+
+    With `shared`, other listeners of this user that share it too are fine.
+    """
     if not 0 < port < 2**16:
         raise EngineError(f"{host}:{port}: the port must be from 1 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's wait is not a listener
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
             probe.bind(address)
     except PermissionError as error:
         raise EngineError(f"{host}:{port}: not permitted; try a port from 1024") from error
@@ -241,26 +249,11 @@ def _delete_applications() -> None:
 
 def _private_environment(folder: Path) -> dict[str, str]:
     """Return the settings that Ray's processes take from the environment, which they inherit from this one."""
-    haproxy = folder / "h"
-    return {
+    return haproxy.build_settings(folder, *(find_free_port() for _ in range(3))) | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(find_free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(find_free_port()),
-        # HAProxy or a replica that ends is missed within a second or two, where the defaults take 10 to 30.
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
         # A worker's report is taken up at the controller's next look; its default of 2 s would be most of an epoch.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # One machine, so nothing routes to a replica that is leaving: do not hold it for half a minute.
@@ -284,7 +277,8 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _raise_on_sigterm() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise `SystemExit(143)` in the block."""
     before = signal.getsignal(signal.SIGTERM)
     _handle_sigterm()
     try:

@@ -2,12 +2,17 @@
 
 In:  the command line.  Out: an address on stdout; then a server.
 Knows nothing of how requests are answered or how the trainer learns, which it starts by import string.
+
+With a private Ray the command is two processes: the standby, which answers from its own replica while Ray does not, and
+below it the same command again, which runs Ray and is started anew whenever Ray is lost.
 """
 
 import argparse
 import contextlib
 import importlib
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,47 +20,137 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from cluster import haproxy
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import load_dataset
 from cluster.engine import open_registry
 from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.output import print_result
-from cluster.ray_session import RaySession, assert_port_free, ray_session
+from cluster.ray_session import RaySession, assert_port_free, find_free_port, raise_on_sigterm, ray_session
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-SESSION_WATCH_S = 0.2
+    from serving.standby import Standby
+
+WATCH_S = 0.2
 """How often the command looks whether Ray is still there."""
 TRAINER_WATCH_S = 10.0
 """How often it looks whether the online trainer still learns."""
+RESTART_PAUSE_S = 0.2
+MAX_RESTART_PAUSE_S = 30.0
+"""A Ray that does not come up is tried again after twice as long each time, up to this."""
+END_PATIENCE_S = 40.0
+"""How long Ray may take to end in order."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check, start, say where, wait."""
     recipe = load_recipe(args.recipe, args.overrides)
-    assert_port_free(args.host, args.port)
-    from serving.app import running_app  # Ray Serve and torch: a wrong flag does not wait for them
-    from serving.config import ServeConfig
+    assert_port_free(args.host, args.port, shared=args.behind_standby)
+    from serving.config import ServeConfig  # torch: a wrong flag does not wait for it
     from serving.preflight import check_version, describe_damage
 
-    registry = open_registry(recipe, args.home)
-    version = check_version(registry, recipe.section(ServeConfig).pinned_version)
+    registry, config = open_registry(recipe, args.home), recipe.section(ServeConfig)
+    if args.behind_standby:
+        _run_on_ray(args, recipe)
+        return
+    version = check_version(registry, config.pinned_version)
     if damage := describe_damage(registry, version):
         print(
             f"recloop: {version} is served as far as it is whole, and learned again from there: {damage}",
             file=sys.stderr,
         )
+    if config.standby and recipe.section(EngineConfig).ray_address == "local":
+        _run_with_standby(args, recipe)
+    else:
+        _run_on_ray(args, recipe)
+
+
+def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Answer, start Ray, and stand back while it answers."""
+    from serving.past import seed_history
+    from serving.replica import resolve_settings
+    from serving.standby import Standby
+
+    settings = resolve_settings(recipe, args.home)
+    seed_history(open_registry(recipe, args.home), args.home.ensure(), load_dataset(args.data) if args.data else None)
+    ports = {haproxy.STATS_PORT: find_free_port(args.host), haproxy.FALLBACK_PORT: find_free_port(args.host)}
+    with (
+        raise_on_sigterm(),
+        Standby(
+            settings,
+            args.host,
+            args.port,
+            stats_port=ports[haproxy.STATS_PORT],
+            fallback_port=ports[haproxy.FALLBACK_PORT],
+        ) as standby,
+    ):
+        environment = os.environ | {name: str(port) for name, port in ports.items()} | {haproxy.SHARE_PORTS: "1"}
+        pause_s, was_ready = RESTART_PAUSE_S, False
+        while True:
+            with _ray_process(args, environment, again=was_ready) as process:
+                ready = _stand_by(standby, process)
+            was_ready |= ready
+            if not was_ready:
+                raise SystemExit(process.returncode)
+            pause_s = RESTART_PAUSE_S if ready else min(2 * pause_s, MAX_RESTART_PAUSE_S)
+            time.sleep(pause_s)
+
+
+def _stand_by(standby: "Standby", process: "subprocess.Popen[bytes]") -> bool:
+    """Take over and stand back until the process ends; return whether Ray answered at any time."""
+    ready = False
+    while process.poll() is None:
+        ready |= standby.look()
+        time.sleep(WATCH_S)
+    standby.look()
+    return ready
+
+
+@contextlib.contextmanager
+def _ray_process(
+    args: argparse.Namespace, environment: dict[str, str], *, again: bool
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Run the command behind the standby while the block lasts; it ends with its standard input, whatever happens."""
+    command = [sys.executable, "-m", "cluster", "serve", "--behind-standby", "--home", str(args.home.path)]
+    command += ["--recipe", args.recipe, "--host", args.host, "--port", str(args.port)]
+    command += [part for override in args.overrides for part in ("--set", override)]
+    command += [*(["--data", args.data] if args.data else []), *(["--json"] if args.json else [])]
+    command += ["--verbose"] if args.verbose else []
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr if again else None,  # where it says the address a second time
+        start_new_session=True,  # Ctrl-C is for this process, which passes it on
+    )
+    try:
+        yield process
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        raise
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_PATIENCE_S)
+        process.kill()
+        process.communicate()
+
+
+def _run_on_ray(args: argparse.Namespace, recipe: Recipe) -> None:
+    from serving.app import running_app
+
     dataset = load_dataset(args.data) if args.data else None
-    engine = recipe.section(EngineConfig)
+    engine, behind = recipe.section(EngineConfig), args.behind_standby
     with (
         ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose) as session,
-        _ending_with(session),
-        running_app(recipe, args.home, args.host, args.port, dataset) as url,
+        _ending_with(session, behind_standby=behind),
+        running_app(recipe, args.home, args.host, args.port, dataset, shared=behind) as url,
         _online_trainer()(recipe, args.home) as trainer,
     ):
+        version = open_registry(recipe, args.home).current()
         print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
         _watch(trainer)
 
@@ -69,23 +164,34 @@ def _watch(trainer: "ActorHandle[Any] | None") -> None:  # Any: an actor of a la
 
 
 @contextlib.contextmanager
-def _ending_with(session: RaySession) -> Iterator[None]:
-    """End the command once Ray is gone, wherever in the block it is: what it waits for would never come.
+def _ending_with(session: RaySession, *, behind_standby: bool) -> Iterator[None]:
+    """End the command once Ray or the standby is gone, wherever in the block it is: what it waits for would not come.
 
-    A Ray whose daemon has ended comes back by starting anew only: that is for whoever runs this command.
+    A Ray whose daemon has ended comes back by starting anew only: the standby sees to that, or whoever runs the command.
     """
     ended = threading.Event()
 
     def look() -> None:
         while not (lost := session.lost()):
-            if ended.wait(SESSION_WATCH_S):
+            if ended.wait(WATCH_S):
                 return
-        print(f"recloop: {lost} has ended, and Ray with it; start `recloop serve` again", file=sys.stderr, flush=True)
+        anew = "starting it again" if behind_standby else "start `recloop serve` again"
+        end(f"{lost} has ended, and Ray with it; {anew}")
+
+    def wait_for_standby() -> None:
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever sent: it returns at the end of the other side
+        if not ended.is_set():
+            end("the standby has ended")
+
+    def end(reason: str) -> None:
+        print(f"recloop: {reason}", file=sys.stderr, flush=True)
         session.abandon()
         os._exit(EngineError.exit_code)
 
     watch = threading.Thread(target=look, name="session-watch", daemon=True)
     watch.start()
+    if behind_standby:
+        threading.Thread(target=wait_for_standby, name="standby-watch", daemon=True).start()
     try:
         yield
     finally:

@@ -16,6 +16,8 @@ class ServeConfig:
 
     replicas: int = 1
     """Copies of the ingress, each with the model in its own memory."""
+    standby: bool = True
+    """Whether `recloop serve` keeps one more copy outside a private Ray, which answers while Ray starts or is gone."""
     arms: tuple[str, ...] = ("live",)
     """Arms that a request may name; the first is what it gets when it names none."""
     pinned_version: int | None = None

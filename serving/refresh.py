@@ -79,7 +79,8 @@ class Refresher:
         self._log = event_log
         self._catalogue = catalogue
         self._metrics = metrics
-        self._poll_interval_s = poll_interval_s
+        self.poll_interval_s = poll_interval_s
+        """How often it looks; may be changed at any time."""
         self._residents: Residents | None = None
         self._refusal: Refusal | None = None
         self._problems: dict[str, str] = {}
@@ -143,7 +144,7 @@ class Refresher:
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of this thread alone, on Linux
-        while not self._stopping.wait(self._poll_interval_s):
+        while not self._stopping.wait(self.poll_interval_s):
             self.follow()
 
     def _attempt(self, subject: str, step: Callable[[], None]) -> None:

@@ -181,6 +181,7 @@ def _serve(commands: Commands) -> _Parser:
     parser = _command(commands, "serve", "serving.command:run", summary, "", "--port 9000", "--data data/shop")
     _add_address_flags(parser)
     parser.add_argument("--data", metavar="DIR", help="also know what users did in this dataset after training's share")
+    parser.add_argument("--behind-standby", action="store_true", help=argparse.SUPPRESS)  # how it starts itself
     return parser
 
 

@@ -101,8 +101,8 @@ def test_ctrl_c_ends_the_server_and_everything_it_started(versions, home):
     assert [process for process in started if process.is_running()] == []
 
 
-def test_when_rays_daemon_is_killed_the_command_ends_with_everything_it_started(versions, home):
-    with running_server(home, "--set", "online.enabled=false") as (server, _):
+def test_without_a_standby_the_command_ends_with_everything_it_started_when_rays_daemon_is_killed(versions, home):
+    with running_server(home, "--set", "online.enabled=false", "--set", "serve.standby=false") as (server, _):
         started = psutil.Process(server.pid).children(recursive=True)
         (raylet,) = [process for process in started if process.name() == "raylet"]
         raylet.kill()
