@@ -167,7 +167,7 @@ def _watch(trainer: "ActorHandle[Any] | None") -> None:  # Any: an actor of a la
 def _ending_with(session: RaySession, *, behind_standby: bool) -> Iterator[None]:
     """End the command once Ray or the standby is gone, wherever in the block it is: what it waits for would not come.
 
-    A Ray whose daemon has ended comes back by starting anew only: the standby sees to that, or whoever runs the command.
+    A Ray whose daemon has ended comes back by starting anew only: the standby sees to it, or whoever runs the command.
     """
     ended = threading.Event()
 

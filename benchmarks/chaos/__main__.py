@@ -42,7 +42,7 @@ OVERRIDES = ["serve.arms=['live']", "online.keep_chains=100000", "online.keep_ve
 """All versions stay, so that the audit can look each answer's up."""
 STREAK = 10
 """Answers in a row after which the server is well again, if they last so long:"""
-SETTLED_S = {"kill raylet": 8.0, "kill gcs": 8.0, "kill driver": 8.0, "kill controller": 4.0}
+SETTLED_S = {"kill raylet": 8.0, "kill gcs": 8.0, "kill driver": 8.0, "kill command": 8.0, "kill controller": 4.0}
 """Some processes end only a while after the one that was killed."""
 SOON_SETTLED_S = 2.0
 PATIENCE_S = 120.0

@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.chaos.server import Server, signal_all
 
-KILLED_PARTS = ("ingress", "trainer", "encoder", "controller", "proxy", "haproxy", "raylet", "gcs", "driver")
+KILLED_PARTS = ("ingress", "trainer", "encoder", "controller", "proxy", "haproxy", "raylet", "gcs", "driver", "command")
 STOPPED_PARTS = ("ingress", "trainer", "proxy")
 PRESENCE_S = 60.0
 """How long a part may take to come back before it is an error that it has not."""

@@ -28,7 +28,9 @@ PARTS = {
     "raylet": "raylet/raylet",
     "gcs": "gcs/gcs_server",
 }
-"""Parts by what the command line of their processes begins with, or holds."""
+"""Parts by what the first word of their processes' command line holds."""
+BEHIND_STANDBY = "--behind-standby"
+"""Flag of the command's own child, which runs Ray."""
 RESTART_PAUSE_S = 0.2
 EXIT_PATIENCE_S = 60.0
 
@@ -77,11 +79,13 @@ class Server:
         return []
 
     def part(self, name: str) -> list[psutil.Process]:
-        """Return the live processes of a part; "driver" is the command itself."""
+        """Return the live processes of a part; "command" is the one started here, "driver" its child that runs Ray."""
         found = self.processes()
-        if name == "driver":
+        if name == "command":
             return found[:1]
-        return [process for process in found if PARTS[name] in _title(process)]
+        if name == "driver":
+            return [process for process in found if BEHIND_STANDBY in _command_line(process)]
+        return [process for process in found if PARTS[name] in "".join(_command_line(process)[:1])]
 
     def _supervise(self) -> None:
         with self._log_file.open("ab") as log:
@@ -102,10 +106,10 @@ class Server:
         self._seen.clear()
 
 
-def _title(process: psutil.Process) -> str:
+def _command_line(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return " ".join(process.cmdline()[:1] if process.cmdline() else [])
-    return ""
+        return process.cmdline()
+    return []
 
 
 def signal_all(processes: Sequence[psutil.Process], number: int) -> list[int]:

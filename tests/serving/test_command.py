@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ import pytest
 from cluster.cli import main
 from cluster.manifest import MANIFEST_FILE, VersionRef
 from cluster.ray_session import find_free_port
+from serving.command import WATCH_S
+from serving.standby import LOOKS_TO_TRUST
 
 
 @pytest.fixture
@@ -101,6 +104,63 @@ def test_ctrl_c_ends_the_server_and_everything_it_started(versions, home):
     assert [process for process in started if process.is_running()] == []
 
 
+def post(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
+
+
+def wait_for(condition, patience_s: float) -> float:
+    """Return after how many seconds the condition held; errors of the network mean that it does not."""
+    began_s = time.monotonic()
+    while True:
+        with contextlib.suppress(OSError):
+            if condition():
+                return time.monotonic() - began_s
+        assert time.monotonic() - began_s < patience_s
+        time.sleep(0.05)
+
+
+def find_processes(server, name: str) -> list[psutil.Process]:
+    return [process for process in psutil.Process(server.pid).children(recursive=True) if process.name() == name]
+
+
+def test_the_standby_answers_before_ray_does_and_after_ray_is_gone(versions, home):
+    port = find_free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "cluster", "serve", "--home", str(home.path), "--port", str(port), "--json"]
+    with subprocess.Popen(
+        [*command, "--set", "online.enabled=false"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            wait_for(lambda: get(f"{url}/readyz")["version"] == "1.0", patience_s=30)
+            assert find_processes(server, "haproxy") == []
+            first = post(f"{url}/v1/feedback", {"user_id": "u0", "item_id": "i5", "kind": "like"})["last_seq"]
+            assert server.stdout is not None
+            assert json.loads(server.stdout.readline())["url"] == url
+
+            (raylet,) = find_processes(server, "raylet")
+            time.sleep(LOOKS_TO_TRUST * WATCH_S + 1)  # the standby has stood back
+            raylet.kill()
+            raylet.wait()
+            assert wait_for(lambda: get(f"{url}/readyz")["version"] == "1.0", patience_s=30) <= 5
+            seq = post(f"{url}/v1/feedback", {"user_id": "u0", "item_id": "i6", "kind": "like"})["last_seq"]
+            answer = post(f"{url}/v1/recommend", {"user_id": "u0", "k": 30, "min_seq": seq})
+            assert (first, seq, answer["reflects_min_seq"]) == (1, 2, True)
+            assert not {"i5", "i6"} & {item["item_id"] for item in answer["items"]}
+
+            wait_for(lambda: find_processes(server, "haproxy") != [], patience_s=60)  # and Ray is there again
+            started = psutil.Process(server.pid).children(recursive=True)
+            server.send_signal(signal.SIGINT)
+            _, messages = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert server.returncode == 130
+    assert "raylet has ended, and Ray with it; starting it again" in messages
+    assert [process for process in started if process.is_running()] == []
+
+
+@pytest.mark.slow
 def test_without_a_standby_the_command_ends_with_everything_it_started_when_rays_daemon_is_killed(versions, home):
     with running_server(home, "--set", "online.enabled=false", "--set", "serve.standby=false") as (server, _):
         started = psutil.Process(server.pid).children(recursive=True)
