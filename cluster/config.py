@@ -79,7 +79,7 @@ class Recipe:
 
     name: str
     values: Mapping[str, Mapping[str, object]]
-    """What the recipe and the overrides state, section by section, types checked."""
+    """What the recipe and the overrides state, section by section."""
     sections: Mapping[str, str] = field(default_factory=lambda: SECTIONS)
 
     @classmethod
@@ -91,6 +91,11 @@ class Recipe:
             raise ConfigError(f"{name}: not TOML: {error}") from error
         return _check_recipe(name, raw, sections)
 
+    @classmethod
+    def from_resolved(cls, text: str, *, name: str = "recipe", sections: Mapping[str, str] = SECTIONS) -> "Recipe":
+        """Read what `to_toml` wrote: a section is checked, and its owner imported, only when it is asked for."""
+        return cls(name, tomllib.loads(text), sections)
+
     def section(self, section_type: type[Section]) -> Section:
         """Return the section that `section_type` owns."""
         owner = f"{section_type.__module__}:{section_type.__qualname__}"
@@ -101,7 +106,7 @@ class Recipe:
 
     def named_section(self, section: str) -> object:
         """Return a section by its name."""
-        return _import_owner(self.sections[section])(**self.values.get(section, {}))
+        return _check_section(section, self.values.get(section, {}), self.sections)[1]
 
     def to_toml(self) -> str:
         """Return the resolved recipe, defaults written out: reading it back gives equal sections."""
@@ -158,17 +163,23 @@ def _split_override(override: str) -> tuple[str, str, str]:
 def _check_recipe(name: str, raw: Mapping[str, object], sections: Mapping[str, str]) -> Recipe:
     values: dict[str, Mapping[str, object]] = {}
     for section, entries in raw.items():
-        owner = _find_owner(section, sections)
         if not isinstance(entries, Mapping):
+            _find_owner(section, sections)
             raise ConfigError(f"{section}={entries!r}: must be a section; write [{section}] and its keys below")
-        known = _fields_of(owner)
-        for key in entries:
-            _check_known(f"{section}.{key}", key, known, prefix=f"{section}.")
-        values[section] = {
-            key: _check_value(f"{section}.{key}", value, _kind_of(owner, key)) for key, value in entries.items()
-        }
-        owner(**values[section])  # the owner's own checks
+        values[section], _ = _check_section(section, entries, sections)
     return Recipe(name, values, sections)
+
+
+def _check_section(
+    section: str, entries: Mapping[str, object], sections: Mapping[str, str]
+) -> tuple[Mapping[str, object], object]:
+    """Return a section's values, types checked, and the owner made of them, which makes checks of its own."""
+    owner = _find_owner(section, sections)
+    known = _fields_of(owner)
+    for key in entries:
+        _check_known(f"{section}.{key}", key, known, prefix=f"{section}.")
+    values = {key: _check_value(f"{section}.{key}", value, _kind_of(owner, key)) for key, value in entries.items()}
+    return values, owner(**values)
 
 
 def _find_owner(section: str, sections: Mapping[str, str]) -> type:

@@ -56,7 +56,7 @@ def resolve_settings(recipe: Recipe, home: Home) -> ReplicaSettings:
     if any(not ARMS[name].follows_promotions for name in config.arms):
         pinned = config.pinned_version or trained_version(registry, promoted)
     check_version(registry, pinned)
-    trained_with = Recipe.from_toml(registry.open_version(promoted.version).text("recipe.toml"))
+    trained_with = Recipe.from_resolved(registry.open_version(promoted.version).text("recipe.toml"))
     return ReplicaSettings(
         registry_uri=registry.uri,
         log_path=home.log,

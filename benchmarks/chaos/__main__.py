@@ -110,7 +110,9 @@ def _break(
     pending: list[str] = []
     for number in range(count):
         pending = pending or rng.sample(list(kinds), len(kinds))  # every kind once a round, in random order
-        fault = faults.do(pending.pop())
+        kind = next((kind for kind in pending if faults.can_do(kind)), pending[0])  # what is starting is not waited for
+        pending.remove(kind)
+        fault = faults.do(kind)
         well = _wait_until_well(traffic, fault.at_s, SETTLED_S.get(fault.kind, SOON_SETTLED_S))
         time.sleep(rng.uniform(0.0, 1.5))
         took_s = traffic.recovery_s(fault.at_s, time.monotonic()) if well else float("inf")

@@ -57,6 +57,11 @@ class Faults:
             *(["fill disk"] if self.small_disk else []),
         ]
 
+    def can_do(self, kind: str) -> bool:
+        """Whether the part that it is done to is there now."""
+        verb, _, part = kind.partition(" ")
+        return verb not in ("kill", "stop") or part == "all" or bool(self.server.part(part))
+
     def do(self, kind: str) -> Fault:
         """Do one, and return when it was done. Raises `TimeoutError` where its part does not exist for a minute."""
         verb, _, part = kind.partition(" ")
