@@ -35,6 +35,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "policy": "training.policies:PolicyConfig",
         "online": "training.online.learner:OnlineConfig",
         "guard": "training.online.guard:GuardConfig",
+        "canary": "training.online.canary:CanaryConfig",
         "drift": "training.online.drift:DriftConfig",
         "join": "training.online.join:JoinConfig",
         "surprise": "training.online.surprise:SurpriseConfig",

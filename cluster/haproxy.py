@@ -8,24 +8,35 @@ import csv
 import io
 import os
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+CONFIG_FILE = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"
+"""Every process of a private Ray has this variable, and no two of them the same."""
 STATS_PORT = "RAY_SERVE_HAPROXY_STATS_PORT"
 FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
-SHARE_PORTS = "SERVE_SOCKET_REUSE_PORT_ENABLED"
+GIVEN_PORTS = {STATS_PORT: "RECLOOP_STATS_PORT", FALLBACK_PORT: "RECLOOP_FALLBACK_PORT"}
+"""Ray's variables, and those by which whoever starts the session names the port."""
 STATS_TIMEOUT_S = 2.0
 
 
-def build_settings(folder: Path, free_port: int, *more_free_ports: int) -> dict[str, str]:
-    """Return Ray's settings of an HAProxy whose files lie in the folder; ports that are set already stay."""
+def share_ports(*, stats_port: int, fallback_port: int) -> dict[str, str]:
+    """Return the environment of a session whose HAProxy shares its ports and has these two."""
+    return {
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",
+        GIVEN_PORTS[STATS_PORT]: str(stats_port),
+        GIVEN_PORTS[FALLBACK_PORT]: str(fallback_port),
+    }
+
+
+def build_settings(folder: Path, find_port: Callable[[], int]) -> dict[str, str]:
+    """Return Ray's settings of an HAProxy whose files lie in the folder, at ports given or found free."""
     haproxy = folder / "h"
-    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", STATS_PORT, FALLBACK_PORT)
-    ports = {name: str(port) for name, port in zip(names, (free_port, *more_free_ports), strict=True)}
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        CONFIG_FILE: str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
@@ -33,7 +44,8 @@ def build_settings(folder: Path, free_port: int, *more_free_ports: int) -> dict[
         # HAProxy or a replica that ends is missed within a second or two, where the defaults take 10 to 30.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
-        **{name: os.environ.get(name, port) for name, port in ports.items()},
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_port()),
+        **{name: os.environ.get(given) or str(find_port()) for name, given in GIVEN_PORTS.items()},
     }
 
 

@@ -11,6 +11,7 @@ left, and the folder is gone.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import random
@@ -21,15 +22,15 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from cluster import haproxy
 from cluster.errors import EngineError, PortTakenError
+from cluster.haproxy import CONFIG_FILE, build_settings
 
 NAMESPACE = "recloop"
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
@@ -38,10 +39,14 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 MIN_LOGICAL_CPUS = 4
 """Enough for two train workers beside their coordinator on any machine; they share the real cores."""
 
+FOLDER_PREFIX = "recloop-"
+OWNER_FILE = "owner"
+"""Locked by the process whose session the folder is."""
 DAEMONS = ("gcs_server", "raylet")
 """Of a private Ray."""
 _MAX_TEMP_ROOT_CHARS = 20
 """Unix socket paths hold 107 bytes and Ray's and HAProxy's take some 80 of them below the session's folder."""
+_DAEMON_WATCH_S = 0.2
 _EXIT_PATIENCE_S = 5.0
 """How long a process may take to end by itself once Ray has shut down, and again after SIGTERM."""
 
@@ -54,37 +59,43 @@ class RaySession:
     """The head's address, as other drivers name it."""
     folder: Path | None
     """The private Ray's folder with its logs; none on a cluster."""
-    daemons: tuple[psutil.Process, ...] = ()
-    """The private Ray's own processes, without which nothing goes on: its GCS and its raylet."""
 
-    def lost(self) -> str:
-        """Return which of the daemons has ended; empty while all are there, and always on a cluster."""
-        named = zip(self.daemons, DAEMONS, strict=False)
-        return ", ".join(name for process, name in named if not _is_running(process))
 
-    def abandon(self) -> None:
-        """Kill whatever this process has started and remove the folder; for a session that is lost.
+def kill_started(variable: str, value: str) -> None:
+    """Kill every process but this one that has this variable in its environment, as all that a session starts have.
 
-        Ending it in order would wait for daemons that are not there.
-        """
-        for process in psutil.Process().children(recursive=True):
+    For a session that is lost: ending it in order would wait for daemons that are not there, and children of a process
+    that was killed are nobody's.
+    """
+    found = []
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get(variable) == value and process.pid != os.getpid():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if self.folder is not None:
-            for process in psutil.process_iter(["environ"]):  # children of the dead are nobody's: known by the folder
-                environment = process.info["environ"] or {}
-                if str(self.folder) in environment.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", ""):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        if process.pid != os.getpid():
-                            process.kill()
-            shutil.rmtree(self.folder, ignore_errors=True)
+                found.append(process)
+    psutil.wait_procs(found, timeout=_EXIT_PATIENCE_S)
+
+
+def abandon_session() -> None:
+    """Kill whatever this process's private Ray consists of, and remove its folder."""
+    config = os.environ.get(CONFIG_FILE)
+    if config is not None:
+        kill_started(CONFIG_FILE, config)
+        shutil.rmtree(Path(config).parent.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def ray_session(
-    address: str = "local", *, logical_cpus: int | None = None, verbose: bool = False
+    address: str = "local",
+    *,
+    logical_cpus: int | None = None,
+    verbose: bool = False,
+    on_lost: Callable[[str], object] = lambda name: None,
 ) -> Iterator[RaySession]:
     """Connect to a cluster, or run a private Ray while the block lasts.
+
+    `on_lost` is called on a thread with the name of a private Ray's daemon that has ended, be it while Ray starts: it
+    comes back by starting anew only, and whatever is asked of Ray may then wait for ever.
 
     Environment and signal handlers are as before afterwards. SIGTERM raises `SystemExit(143)` in the block. Raises
     `EngineError` where Ray does not start or a session is already open in this process.
@@ -102,12 +113,12 @@ def ray_session(
                 ray.shutdown()
         return
 
-    folder = Path(tempfile.mkdtemp(prefix="recloop-", dir=_short_temp_root()))
-    with _environment(_private_environment(folder)), raise_on_sigterm():
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_short_temp_root()))
+    with _owning(folder), _environment(_private_environment(folder)), raise_on_sigterm():
         try:
-            _connect("local", logical_cpus=logical_cpus, folder=folder, verbose=verbose)
-            address = ray.get_runtime_context().gcs_address
-            yield RaySession(address=address, folder=folder, daemons=_find_daemons())
+            with _watching_daemons(on_lost):
+                _connect("local", logical_cpus=logical_cpus, folder=folder, verbose=verbose)
+                yield RaySession(address=ray.get_runtime_context().gcs_address, folder=folder)
         finally:
             with _ignore_signals():
                 _shut_down(folder)
@@ -193,9 +204,45 @@ def _reread_authentication() -> None:
     _raylet.AuthenticationTokenLoader.instance().reset_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _find_daemons() -> tuple[psutil.Process, ...]:
-    by_name = {process.name(): process for process in psutil.Process().children(recursive=True)}
-    return tuple(by_name[name] for name in DAEMONS)
+@contextlib.contextmanager
+def _owning(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock for the block, after removing folders whose owners were killed."""
+    for path in folder.parent.glob(f"{FOLDER_PREFIX}*/{OWNER_FILE}"):
+        with contextlib.suppress(OSError), path.open("a") as lock:  # another user's, or somebody has it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
+    with (folder / OWNER_FILE).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _watching_daemons(on_lost: Callable[[str], object]) -> Iterator[None]:
+    ended, seen = threading.Event(), dict[str, psutil.Process]()
+
+    def look() -> None:
+        while not ended.wait(_DAEMON_WATCH_S):
+            if len(seen) < len(DAEMONS):
+                children = psutil.Process().children(recursive=True)
+                seen.update((name, child) for child in children if (name := _name(child)) in DAEMONS)
+            if lost := [name for name, process in seen.items() if not _is_running(process)]:
+                on_lost(", ".join(lost))
+                return
+
+    watch = threading.Thread(target=look, name="daemon-watch", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _is_running(process: psutil.Process) -> bool:
@@ -249,7 +296,7 @@ def _delete_applications() -> None:
 
 def _private_environment(folder: Path) -> dict[str, str]:
     """Return the settings that Ray's processes take from the environment, which they inherit from this one."""
-    return haproxy.build_settings(folder, *(find_free_port() for _ in range(3))) | {
+    return build_settings(folder, find_free_port) | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",

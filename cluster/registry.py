@@ -7,6 +7,7 @@ Knows nothing of what a model is, who trains it or who serves it.
     versions/000001/deltas/000001/…                          manifest.json
     current.json        {"version": 1, "delta": 37}: what is served
     promotions.jsonl    every move of that pointer, oldest first
+    canary.json canaries.jsonl        the version on trial, and every trial's start and end
 
 A draft is written in a scratch folder and becomes a numbered folder when it is published; a folder without a manifest
 is nobody's. Deltas are numbered from 1 without gaps. Publishers of one registry exclude each other (`Storage.lock`).
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
+from cluster.canary import Canary, CanaryPointer
 from cluster.errors import CorruptVersionError, RegistryError
 from cluster.manifest import MANIFEST_FILE, FileEntry, Manifest, VersionRef
 from cluster.pointer import Pointer, Promotion
@@ -39,6 +41,7 @@ class Registry:
     def __init__(self, root: str | Path | Storage) -> None:
         self._storage = root if isinstance(root, Storage) else Storage(root)
         self._pointer = Pointer(self._storage)
+        self._canary = CanaryPointer(self._storage)
         self.uri = self._storage.uri
 
     def draft_version(self) -> "VersionDraft":
@@ -63,6 +66,35 @@ class Registry:
     def history(self) -> list[Promotion]:
         """Return every move of the pointer, oldest first."""
         return self._pointer.history()
+
+    def canary(self) -> Canary | None:
+        """Return the running trial, if any."""
+        return self._canary.current()
+
+    def start_canary(self, ref: VersionRef, share: float, from_seq: int) -> Canary:
+        """Begin to serve a published version to a share of users; raises `RegistryError` where that cannot be."""
+        self.manifest(ref)
+        if self._pointer.is_at(ref):
+            raise RegistryError(f"version {ref}: is promoted, so there is nothing to try")
+        with self._storage.lock():
+            return self._canary.start(ref, share, from_seq)
+
+    def end_canary(self, canary: Canary | None, reason: str, *, promote: bool = False) -> bool:
+        """End this trial, or with none whichever runs, and promote its version if it passed.
+
+        Returns whether it did: someone else may have ended it meanwhile.
+        """
+        with self._storage.lock():
+            if canary is not None and self._canary.current() != canary:
+                return False
+            self._canary.end("promoted" if promote else "ended", reason)
+            if promote and canary is not None:
+                self._pointer.move(canary.ref, f"canary: {reason}")
+        return True
+
+    def canaries(self) -> list[dict[str, Any]]:  # Any: JSON
+        """Return the start and end of every trial, oldest first."""
+        return self._canary.history()
 
     def versions(self) -> list[Manifest]:
         """Return the manifests of all published versions, oldest first."""

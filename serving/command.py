@@ -20,14 +20,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from cluster import haproxy
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import load_dataset
 from cluster.engine import open_registry
 from cluster.errors import EngineError
+from cluster.haproxy import GIVEN_PORTS, STATS_PORT, share_ports
 from cluster.home import Home
 from cluster.output import print_result
-from cluster.ray_session import RaySession, assert_port_free, find_free_port, raise_on_sigterm, ray_session
+from cluster.ray_session import (
+    abandon_session,
+    assert_port_free,
+    find_free_port,
+    kill_started,
+    raise_on_sigterm,
+    ray_session,
+)
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -41,6 +48,8 @@ TRAINER_WATCH_S = 10.0
 RESTART_PAUSE_S = 0.2
 MAX_RESTART_PAUSE_S = 30.0
 """A Ray that does not come up is tried again after twice as long each time, up to this."""
+START_PATIENCE_S = 180.0
+"""How long Ray and its replicas may take to answer."""
 END_PATIENCE_S = 40.0
 """How long Ray may take to end in order."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
@@ -77,22 +86,18 @@ def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
 
     settings = resolve_settings(recipe, args.home)
     seed_history(open_registry(recipe, args.home), args.home.ensure(), load_dataset(args.data) if args.data else None)
-    ports = {haproxy.STATS_PORT: find_free_port(args.host), haproxy.FALLBACK_PORT: find_free_port(args.host)}
+    stats_port, fallback_port = find_free_port(args.host), find_free_port(args.host)
     with (
         raise_on_sigterm(),
-        Standby(
-            settings,
-            args.host,
-            args.port,
-            stats_port=ports[haproxy.STATS_PORT],
-            fallback_port=ports[haproxy.FALLBACK_PORT],
-        ) as standby,
+        Standby(settings, args.host, args.port, stats_port=stats_port, fallback_port=fallback_port) as standby,
     ):
-        environment = os.environ | {name: str(port) for name, port in ports.items()} | {haproxy.SHARE_PORTS: "1"}
+        environment = os.environ | share_ports(stats_port=stats_port, fallback_port=fallback_port)
         pause_s, was_ready = RESTART_PAUSE_S, False
         while True:
             with _ray_process(args, environment, again=was_ready) as process:
                 ready = _stand_by(standby, process)
+            kill_started(GIVEN_PORTS[STATS_PORT], str(stats_port))  # what a killed Ray has left behind
+            standby.look()
             was_ready |= ready
             if not was_ready:
                 raise SystemExit(process.returncode)
@@ -102,11 +107,13 @@ def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
 
 def _stand_by(standby: "Standby", process: "subprocess.Popen[bytes]") -> bool:
     """Take over and stand back until the process ends; return whether Ray answered at any time."""
-    ready = False
+    ready, deadline_s = False, time.monotonic() + START_PATIENCE_S
     while process.poll() is None:
         ready |= standby.look()
+        if not ready and time.monotonic() > deadline_s:
+            print(f"recloop: Ray has not answered within {START_PATIENCE_S:.0f} s", file=sys.stderr)
+            process.kill()
         time.sleep(WATCH_S)
-    standby.look()
     return ready
 
 
@@ -144,9 +151,16 @@ def _run_on_ray(args: argparse.Namespace, recipe: Recipe) -> None:
 
     dataset = load_dataset(args.data) if args.data else None
     engine, behind = recipe.section(EngineConfig), args.behind_standby
+    if behind:
+        _end_with_standby()
+    anew = "starting it again" if behind else "start `recloop serve` again"
     with (
-        ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose) as session,
-        _ending_with(session, behind_standby=behind),
+        ray_session(
+            engine.ray_address,
+            logical_cpus=engine.logical_cpus,
+            verbose=args.verbose,
+            on_lost=lambda name: _end(f"{name} has ended, and Ray with it; {anew}"),
+        ),
         running_app(recipe, args.home, args.host, args.port, dataset, shared=behind) as url,
         _online_trainer()(recipe, args.home) as trainer,
     ):
@@ -163,40 +177,21 @@ def _watch(trainer: "ActorHandle[Any] | None") -> None:  # Any: an actor of a la
             _look_after(trainer)
 
 
-@contextlib.contextmanager
-def _ending_with(session: RaySession, *, behind_standby: bool) -> Iterator[None]:
-    """End the command once Ray or the standby is gone, wherever in the block it is: what it waits for would not come.
+def _end_with_standby() -> None:
+    """End this process once the standby is gone, which holds the other end of its standard input."""
 
-    A Ray whose daemon has ended comes back by starting anew only: the standby sees to it, or whoever runs the command.
-    """
-    ended = threading.Event()
-
-    def look() -> None:
-        while not (lost := session.lost()):
-            if ended.wait(WATCH_S):
-                return
-        anew = "starting it again" if behind_standby else "start `recloop serve` again"
-        end(f"{lost} has ended, and Ray with it; {anew}")
-
-    def wait_for_standby() -> None:
+    def wait() -> None:
         os.read(sys.stdin.fileno(), 1)  # nothing is ever sent: it returns at the end of the other side
-        if not ended.is_set():
-            end("the standby has ended")
+        _end("the standby has ended")
 
-    def end(reason: str) -> None:
-        print(f"recloop: {reason}", file=sys.stderr, flush=True)
-        session.abandon()
-        os._exit(EngineError.exit_code)
+    threading.Thread(target=wait, name="standby-watch", daemon=True).start()
 
-    watch = threading.Thread(target=look, name="session-watch", daemon=True)
-    watch.start()
-    if behind_standby:
-        threading.Thread(target=wait_for_standby, name="standby-watch", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watch.join()
+
+def _end(reason: str) -> None:
+    """End this process with all that it started, at once: what it waits for would not come."""
+    print(f"recloop: {reason}", file=sys.stderr, flush=True)
+    abandon_session()
+    os._exit(EngineError.exit_code)
 
 
 def _look_after(trainer: "ActorHandle[Any]") -> None:  # Any: as above

@@ -17,6 +17,7 @@ import pydantic_core
 from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel
 
+from cluster.canary import Canary
 from cluster.catalogue import Item, parse_item
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
@@ -30,6 +31,7 @@ from serving.metrics import Metrics, RequestTimer
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import ProblemError, add_problem_handlers, problem_response
 from serving.refresh import Refresher
+from training.models.served import ServedModel
 
 Result = TypeVar("Result")
 Json = dict[str, Any]  # Any: whatever JSON holds
@@ -168,6 +170,7 @@ class Gateway:
             "training_events": count_training_events(self._registry, trained),
             "knows_later_events": self._log.count_seeded(LATER_SEED) > 0,
             "arms": {name: residents.model_of(ARMS[name]).name for name in self._config.arms},
+            "canary": _describe_trial(residents.trial, residents.canary),
             "previous": residents.previous.name if residents.previous else None,
             "problems": dict(self._refresher.problems),
             "weights_freshness_ms": self._metrics.recent_freshness(),
@@ -229,6 +232,12 @@ def _describe_recommendation(query: recommender.Query, found: recommender.Recomm
         "items": items,
     }
     return answer if found.reflects_min_seq is None else {**answer, "reflects_min_seq": found.reflects_min_seq}
+
+
+def _describe_trial(trial: Canary | None, model: ServedModel | None) -> Json | None:
+    if trial is None:
+        return None
+    return {"version": str(trial.ref), "share": trial.share, "from_seq": trial.from_seq, "served": model is not None}
 
 
 def _describe_receipt(receipt: Receipt) -> Json:

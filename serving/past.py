@@ -19,6 +19,7 @@ from training.models.version import ROOT
 HISTORY_TABLE = "history"
 TRAINING_SEED = "training-history"
 LATER_SEED = "dataset-after-training"
+SOURCE_DIGITS = 16
 
 
 def trained_version(registry: Registry, ref: VersionRef) -> int:
@@ -39,10 +40,12 @@ def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None)
 
     Raises `DataError` when the version was trained on another dataset.
     """
-    history = registry.open_version(registry.current().version).table(HISTORY_TABLE)
-    later = _events_after(history, dataset) if dataset is not None else None
+    reader = registry.open_version(registry.current().version)
+    source = reader.manifest.files[f"{HISTORY_TABLE}.parquet"].sha256[:SOURCE_DIGITS]
+    later = _events_after(reader.table(HISTORY_TABLE), dataset) if dataset is not None else None
     with EventLog(home.log) as log:
-        log.seed_history(TRAINING_SEED, history)
+        if not log.is_seeded(TRAINING_SEED, source):  # reading it again at each start would take its time
+            log.seed_history(TRAINING_SEED, reader.table(HISTORY_TABLE), source)
         if later is not None:
             log.seed_history(LATER_SEED, later)
 

@@ -62,7 +62,7 @@ class Recommender:
         """Return up to k items that the user does not have; an unknown user gets what suits a stranger."""
         arm = ARMS[query.arm]
         residents = self._residents()  # one reference for the whole request: a swap meanwhile changes nothing here
-        model = residents.model_of(arm)
+        model = residents.model_of(arm, query.user_id)
 
         # The head is read before the state, so the state holds at least what is claimed of it.
         head_seq = self._log.head_seq() if query.min_seq is not None and arm.sees_live_state else 0

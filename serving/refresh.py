@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cluster.canary import Canary
 from cluster.errors import CorruptVersionError, NoVersionError, RecloopError
 from cluster.log import EventLog, Interaction
 from cluster.manifest import VersionRef
@@ -41,13 +42,21 @@ class Residents:
     """The promoted version, as far as it holds."""
     pinned: ServedModel | None
     """What the arms that do not follow promotions are answered from."""
+    canary: ServedModel | None = None
+    """The version on trial, if there is one that holds."""
+    trial: Canary | None = None
+    """Who is answered from it."""
     previous: ServedModel | None = None
     """What `live` was before the last swap."""
     unavailable: frozenset[str] = frozenset()
     """Items outside their time of availability."""
 
-    def model_of(self, arm: Arm) -> ServedModel:
-        """Return the model of an arm that is switched on."""
+    def model_of(self, arm: Arm, user_id: str | None = None) -> ServedModel:
+        """Return the model of an arm that is switched on; for users on trial that of their trial."""
+        if arm.follows_promotions and self.canary is not None and user_id is not None:
+            assert self.trial is not None, "a canary is on trial"
+            if self.trial.takes(user_id):
+                return self.canary
         model = self.live if arm.follows_promotions else self.pinned
         assert model is not None, f"{arm.name} is on, so its version was loaded"
         return model
@@ -100,7 +109,7 @@ class Refresher:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """Return what keeps the promoted "version" or the newest "items" from being served; empty when nothing does."""
+        """Return what keeps the promoted "version", the "canary" or the newest "items" from being served."""
         return dict(self._problems)
 
     def load(self, pinned_version: int | None) -> None:
@@ -120,6 +129,7 @@ class Refresher:
             self._residents = Residents(live=live, pinned=pinned, unavailable=unavailable)
             self._metrics.set_learned_seq(live.learned_seq)
             self._attempt("version", self._follow_pointer)
+            self._attempt("canary", self._follow_canary)
 
     def start(self) -> None:
         """Follow from now on."""
@@ -141,6 +151,7 @@ class Refresher:
         with self._writing:
             self._attempt("items", self._follow_items)
             self._attempt("version", self._follow_pointer)
+            self._attempt("canary", self._follow_canary)
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of this thread alone, on Linux
@@ -166,6 +177,7 @@ class Refresher:
             before,
             live=self._catalogue.lay_over(before.live),
             pinned=before.pinned and self._catalogue.lay_over(before.pinned),
+            canary=before.canary and self._catalogue.lay_over(before.canary),
             unavailable=self._catalogue.unavailable(_now_us()),
         )
 
@@ -191,6 +203,17 @@ class Refresher:
             self._refusal = Refusal(target=target, reason=reason, retry_s=time.monotonic() + RETRY_REFUSED_S)
             self._metrics.count_swap("refused")
             raise CorruptVersionError(reason) from failure
+
+    def _follow_canary(self) -> None:
+        """Have the version on trial ready for its users; one that does not hold is not served to anyone."""
+        trial = self._registry.canary()
+        if trial == self.residents.trial:
+            return
+        self._residents = replace(self.residents, trial=trial, canary=None)
+        if trial is not None:
+            model = self._catalogue.lay_over(ServedModel.load(self._registry, trial.ref))
+            _warm_up(model)
+            self._residents = replace(self.residents, canary=model)
 
     def _reach(self, target: VersionRef) -> tuple[ServedModel, Exception | None]:
         """Return the model nearest to the target whose files hold, and what stopped short of the target."""

@@ -27,6 +27,7 @@ from training.models.version import (
     split_checkpoint,
     write_version,
 )
+from training.online.canary import begin_canary
 from training.run import TEXT_FILE, TrainedRun, latest_run, read_recipe
 from training.stream import DataConfig, build_history
 
@@ -35,12 +36,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     """Publish a training run: the `recloop publish` command."""
     folder = Path(args.run) if args.run else latest_run(args.home)
     trained = TrainedRun.read(folder)
-    ref = publish_run(trained, open_registry(read_recipe(folder), args.home))
-    return {"version": str(ref), "run": trained.folder, "metrics": trained.metrics}
+    recipe = read_recipe(folder)
+    registry = open_registry(recipe, args.home)
+    ref = publish_run(trained, registry, promote=not args.canary)
+    published = {"version": str(ref), "run": trained.folder, "metrics": trained.metrics}
+    if args.canary:
+        published["share"] = begin_canary(registry, recipe, args.home, ref, None).share
+    return published
 
 
-def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:
-    """Write a run's last checkpoint, with everything a request needs, as the next version, and promote it.
+def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True) -> VersionRef:
+    """Write a run's last checkpoint, with everything a request needs, as the next version, and promote it unless told.
 
     Raises `DataError` when the dataset is not the one the run was trained on any more.
     """
@@ -76,4 +82,4 @@ def publish_run(trained: TrainedRun, registry: Registry) -> VersionRef:
     registry.prune()
     draft = registry.draft_version()
     write_version(draft, state, events)
-    return draft.publish(offset=0, metrics=trained.metrics)
+    return draft.publish(offset=0, metrics=trained.metrics, promote=promote)

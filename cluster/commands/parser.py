@@ -173,6 +173,8 @@ def _publish(commands: Commands) -> _Parser:
     summary = "publish a training run as the next version"
     parser = _command(commands, "publish", "training.publish:run", summary, "", "--run runs/000003")
     parser.add_argument("--run", metavar="DIR", help="default: the newest run in the home folder")
+    help_ = "serve it to a share of users first; it is promoted once it has shown to be no worse"
+    parser.add_argument("--canary", action="store_true", help=help_)
     return parser
 
 
@@ -207,14 +209,17 @@ def _demo(commands: Commands) -> _Parser:
 
 
 def _versions(commands: Commands) -> _Parser:
-    summary = "list versions, show one, compare two, promote one, or roll back to the one before"
+    summary = "list versions, show one, compare two, promote one, try one on some users, or roll back to the one before"
     examples = ("", "show 1.37", "diff 1.0 1.37", "promote 1.37 --reason 'better'", "rollback")
+    examples += ("canary 2 --share 0.1", "canary", "canary --stop")
     examples += ("rollback --without-seqs 1200..1450", "rollback --without-user u7 --reason 'a bot'")
     parser = _command(commands, "versions", "cluster.commands.versions:run", summary, *examples)
-    actions = ["list", "show", "diff", "promote", "rollback"]
+    actions = ["list", "show", "diff", "promote", "canary", "rollback"]
     parser.add_argument("action", nargs="?", choices=actions, default="list")
     parser.add_argument("version", nargs="?", metavar="V", help="such as 1 or 1.37")
     parser.add_argument("other", nargs="?", metavar="W", help="diff: to which version; default: the promoted one")
+    parser.add_argument("--share", type=float, help="canary: of users that get it; default: canary.share of the recipe")
+    parser.add_argument("--stop", action="store_true", help="canary: end the trial without promoting")
     parser.add_argument("--reason", default="", help="kept in the registry's history")
     undo = parser.add_argument_group("rollback: undo some learning by replaying the log without it; may be repeated")
     undo.add_argument(

@@ -1,4 +1,4 @@
-"""`recloop versions`: list what is published, show one, compare two, promote, roll back.
+"""`recloop versions`: list what is published, show one, compare two, promote, try on some users, roll back.
 
 In:  the home's registry.  Out: rows of versions, what one states, what changed, or the move that was made.
 Knows nothing of what a version holds: comparing two is training/models/compare.py's, undoing some of its learning
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> Result:
         return undo(recipe, args.home, args.without_seqs, args.without_users, args.reason)
     if args.action == "rollback":
         return _promote(registry, _previous(registry), args.reason or "rollback")
+    if args.action == "canary" and (args.stop or not args.version):
+        return _stop_canary(registry, args.reason) if args.stop else _show_canary(registry)
     if not args.version:
         raise ConfigError(f"versions {args.action}: name the version; try `recloop versions {args.action} 1`")
     ref = VersionRef.parse(args.version)
@@ -36,7 +38,25 @@ def run(args: argparse.Namespace) -> Result:
     if args.action == "diff":
         other = VersionRef.parse(args.other) if args.other else registry.current()
         return load_target("training.models.compare:compare_versions")(registry, ref, other)
+    if args.action == "canary":
+        canary = load_target("training.online.canary:begin_canary")(registry, recipe, args.home, ref, args.share)
+        return {"on_trial": str(ref), "share": canary.share, "from_seq": canary.from_seq}
     return _promote(registry, ref, args.reason)
+
+
+def _stop_canary(registry: Registry, reason: str) -> Result:
+    running = registry.canaries()[-1] if registry.canaries() else None
+    registry.end_canary(None, reason or "stopped by hand")
+    return {"ended": running["ref"] if running and running["outcome"] == "started" else None}
+
+
+def _show_canary(registry: Registry) -> Result:
+    canary = registry.canary()
+    return {
+        "on_trial": str(canary.ref) if canary else None,
+        "share": canary.share if canary else None,
+        "trials": [{**line, "at": _time(line["at_us"])} for line in registry.canaries()],
+    }
 
 
 def current_or_none(registry: Registry) -> VersionRef | None:

@@ -3,7 +3,7 @@
 In:  tables of past events, a connection inside a transaction.  Out: rows of user history and of `seeds`.
 Knows nothing of threads or of where the past comes from.
 
-    seeds          past:3f…  │ more:91…       in order of import, named KIND:CONTENT
+    seeds          past:3f…  │ more:91…       in order of import, named KIND:SOURCE or CONTENT
     user_history   seq -2^40 … │ … │ 0        then the log's own events from 1
 
 Each seed continues those before it, so replacing one removes it and what was imported after it; live rows stay.
@@ -42,11 +42,11 @@ class Seed:
     """`COLUMNS` of the interactions, ordered by time."""
 
 
-def build_seed(kind: str, events: pa.Table) -> Seed:
-    """Pick the interactions among past events and name them by what they hold."""
+def build_seed(kind: str, events: pa.Table, source: str = "") -> Seed:
+    """Pick the interactions among past events and name them by their source, or else by what they hold."""
     chosen = events.filter(pc.field("kind").isin(sorted(INTERACTION_KINDS))).select(COLUMNS)
     chosen = chosen.sort_by("ts_us")  # stable: simultaneous interactions keep their order
-    return Seed(kind=kind, name=f"{kind}:{_content(chosen)}", rows=chosen)
+    return Seed(kind=kind, name=f"{kind}:{source or _content(chosen)}", rows=chosen)
 
 
 def write_seed(connection: sqlite3.Connection, seed: Seed) -> int:
@@ -68,6 +68,12 @@ def write_seed(connection: sqlite3.Connection, seed: Seed) -> int:
         seq += batch.num_rows
     connection.execute("INSERT INTO seeds VALUES (?, ?, ?)", (seed.name, first_seq, seed.rows.num_rows))
     return seed.rows.num_rows
+
+
+def is_seeded(connection: sqlite3.Connection, kind: str, source: str) -> bool:
+    """Whether the seed of a kind is there and comes from this source."""
+    found = _find(connection, kind)
+    return found is not None and found[1] == f"{kind}:{source}"
 
 
 def count_seeded(connection: sqlite3.Connection, kind: str) -> int:

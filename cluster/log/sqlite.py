@@ -42,7 +42,7 @@ from cluster.log.records import (
 )
 from cluster.log.retention import SEGMENT_COLUMNS, LogConfig, segment_from
 from cluster.log.sealing import SEALED_HEAD, Sealer, hash_id
-from cluster.log.seeds import build_seed, count_seeded, write_seed
+from cluster.log.seeds import build_seed, count_seeded, is_seeded, write_seed
 from cluster.log.segments import Segment, SegmentReader, segments_folder
 
 NO_BOUND = 2**63 - 1
@@ -157,13 +157,20 @@ class EventLog:
         rows = self._rows("SELECT item_id FROM user_history WHERE user_id = ? AND seq < ?", (user_id, bound))
         return frozenset(item_id for (item_id,) in rows)
 
-    def seed_history(self, kind: str, events: pa.Table) -> int:
+    def is_seeded(self, kind: str, source: str) -> bool:
+        """Whether past interactions of a kind are imported and come from this source."""
+        with self._reader() as connection:
+            return is_seeded(connection, kind, source)
+
+    def seed_history(self, kind: str, events: pa.Table, source: str = "") -> int:
         """Import past interactions and return how many entered user history: 0 where the same are there already.
+
+        The same are those from the same source, which names what it holds such as a checksum; or else of equal content.
 
         They come before every event of the log, ordered by time, and are never returned by `read`. Others of that kind
         are replaced, together with what was imported after them, in one transaction; live history stays as it is.
         """
-        seed = build_seed(kind, events)
+        seed = build_seed(kind, events, source)
         return self._writer.submit(lambda connection: write_seed(connection, seed)).result()
 
     def count_seeded(self, kind: str) -> int:

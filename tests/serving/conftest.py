@@ -75,6 +75,7 @@ class TinyVersions:
 
     def __init__(self, home: Home) -> None:
         self.registry = Registry(home.registry)
+        self.recipe = tiny_recipe()
 
     @staticmethod
     def likes(items: int) -> pa.Table:
@@ -85,7 +86,9 @@ class TinyVersions:
             for user in range(USERS)
         )
 
-    def publish_version(self, *, seed: int = 0, history: pa.Table | None = None, **metrics: object) -> VersionRef:
+    def publish_version(
+        self, *, seed: int = 0, history: pa.Table | None = None, promote: bool = True, **metrics: object
+    ) -> VersionRef:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         recipe = tiny_recipe()
@@ -108,7 +111,7 @@ class TinyVersions:
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.likes(2) if history is None else history)
-        return draft.publish(offset=0, metrics=metrics)
+        return draft.publish(offset=0, metrics=metrics, promote=promote)
 
     def publish_delta(
         self, *, seed: int = 0, value: float | None = None, promote: bool = True, last_seq: int | None = None

@@ -261,3 +261,35 @@ def test_health_readiness_metrics_and_documentation_answer(served):
 
 def test_the_log_holds_after_all_of_this(served):
     assert served.log.verify().sound
+
+
+def test_a_version_on_trial_answers_its_users_and_nobody_else(served):
+    current = served.registry.current()
+    ref = served.versions.publish_version(seed=9, promote=False)
+    canary = served.registry.start_canary(ref, 0.5, served.log.head_seq())
+    try:
+        taking = next(user for user in (f"t{n}" for n in range(100)) if canary.takes(user))
+        other = next(user for user in (f"t{n}" for n in range(100)) if not canary.takes(user))
+        served.wait_for(lambda: served.recommend(taking)["version"] == str(ref))
+        assert served.recommend(other)["version"] == str(current)
+        assert served.recommend(taking, arm="state")["version"] == "1.0"
+        described = served.request("GET", "/v1/versions").body["canary"]
+        assert described == {"version": str(ref), "share": 0.5, "from_seq": canary.from_seq, "served": True}
+    finally:
+        served.registry.end_canary(canary, "over")
+    served.wait_for(lambda: served.recommend(taking)["version"] == str(current))
+
+
+def test_a_version_on_trial_that_does_not_hold_is_served_to_nobody(served):
+    current = served.registry.current()
+    ref = served.versions.publish_version(seed=10, promote=False)
+    served.versions.flip_bit(ref, "rows.safetensors")
+    canary = served.registry.start_canary(ref, 0.5, 0)
+    try:
+        served.wait_for(lambda: "canary" in served.request("GET", "/readyz").body["problems"])
+        assert {served.recommend(f"t{n}")["version"] for n in range(20)} == {str(current)}
+        assert not served.request("GET", "/v1/versions").body["canary"]["served"]
+    finally:
+        served.registry.end_canary(canary, "over")
+        served.versions.flip_bit(ref, "rows.safetensors")
+    served.wait_for(lambda: served.request("GET", "/readyz").body["problems"] == {})

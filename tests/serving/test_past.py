@@ -3,13 +3,13 @@
 import pyarrow as pa
 import pytest
 
+from cluster.config import Recipe
 from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, write_dataset
 from cluster.events import Event, events_table
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
-from serving.app import _resolve
-from serving.config import ServeConfig
 from serving.past import LATER_SEED, count_training_events, seed_history, trained_version
+from serving.replica import resolve_settings
 
 
 def test_a_version_trained_on_something_else_brings_its_own_past(versions, home):
@@ -48,8 +48,15 @@ def test_a_folded_version_grew_from_the_trained_one(versions):
 
 
 @pytest.mark.parametrize(("stated", "pinned"), [(None, 1), (2, 2)])
-def test_arms_that_follow_nothing_are_pinned_to_the_trained_version_unless_another_is_stated(versions, stated, pinned):
+def test_arms_that_follow_nothing_are_pinned_to_the_trained_version_unless_another_is_stated(
+    versions, home, stated, pinned
+):
     versions.publish_version(trained_version=1)
-    config = ServeConfig(arms=("live", "frozen"), pinned_version=stated)
-    assert _resolve(config, versions.registry).pinned_version == pinned
-    assert _resolve(ServeConfig(arms=("live",)), versions.registry).pinned_version is None
+    recipe = versions.recipe
+
+    def pinned_for(**serve):
+        changed = Recipe(recipe.name, {**recipe.values, "serve": serve}, recipe.sections)
+        return resolve_settings(changed, home).serve.pinned_version
+
+    assert pinned_for(arms=["live", "frozen"], **({"pinned_version": stated} if stated else {})) == pinned
+    assert pinned_for(arms=["live"]) is None

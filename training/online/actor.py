@@ -25,12 +25,15 @@ from cluster.errors import EngineError
 from cluster.home import Home
 from cluster.log.retention import LogConfig
 from embeddings.tables import device_type
+from training.online.canary import CanaryConfig, CanaryWatch
 from training.online.learner import OnlineConfig, OnlineLearner
 
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 1.0
 START_PATIENCE_S = 60.0
+CANARY_LOOK_S = 2.0
+"""How often a version on trial is judged."""
 
 
 class OnlineTrainer:
@@ -45,6 +48,7 @@ class OnlineTrainer:
         self._registry = open_registry(recipe, home)
         self._log = open_log(recipe.section(EngineConfig), recipe.section(LogConfig), home.log)
         self._cache_folder = home.cache
+        self._canary = CanaryWatch(self._registry, self._log, recipe.section(CanaryConfig))
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="online-trainer")
@@ -85,7 +89,7 @@ class OnlineTrainer:
             os._exit(1)
 
     def _follow_log(self) -> None:
-        published_s = time.monotonic()
+        published_s = looked_s = time.monotonic()
         while not self._stopping.is_set():
             events = self._learner.read()
             if events:
@@ -93,6 +97,9 @@ class OnlineTrainer:
             if time.monotonic() - published_s >= self._config.publish_interval_ms / 1_000:
                 self._learner.publish()
                 published_s = time.monotonic()
+            if time.monotonic() - looked_s >= CANARY_LOOK_S:
+                self._canary.look(time.time_ns() // 1_000)
+                looked_s = time.monotonic()
             if not events:
                 self._stopping.wait(self._config.poll_interval_ms / 1_000)
         self._learner.publish()

@@ -320,7 +320,11 @@ class OnlineLearner:
 
     def _drop_old_versions(self) -> None:
         """Keep the deltas of the newest versions, the bases of many, and every trained version."""
-        earlier = [manifest for manifest in self.registry.versions() if manifest.ref.version < self.ref.version]
+        canary = self.registry.canary()
+        on_trial = canary.ref.version if canary else 0
+        earlier = [
+            m for m in self.registry.versions() if m.ref.version < self.ref.version and m.ref.version != on_trial
+        ]
         for manifest in earlier[: -self.config.keep_chains]:
             self.registry.drop_deltas(manifest.ref.version)
         for manifest in earlier[: -self.config.keep_versions]:

@@ -86,3 +86,19 @@ def test_show_of_no_version_says_what_to_try(build_home, capsys):
     tiny = build_home()
     assert main(["versions", "show", "--home", str(tiny.home.path)]) == 2
     assert "recloop versions show 1" in capsys.readouterr().err
+
+
+def test_a_canary_is_started_shown_and_stopped(build_home, capsys):
+    tiny = build_home()
+    tiny.publish_version(seed=1)
+    tiny.registry.promote(VersionRef(1), "back")
+    assert ask(tiny, capsys, "versions", "canary", "2", "--share", "0.2") == {
+        "on_trial": "2.0",
+        "share": 0.2,
+        "from_seq": 0,
+    }
+    shown = ask(tiny, capsys, "versions", "canary")
+    assert (shown["on_trial"], shown["trials"][0]["outcome"]) == ("2.0", "started")
+    assert ask(tiny, capsys, "versions", "canary", "--stop", "--reason", "enough") == {"ended": "2.0"}
+    assert ask(tiny, capsys, "versions", "canary")["trials"][-1]["reason"] == "enough"
+    assert tiny.registry.current() == VersionRef(1)
