@@ -67,13 +67,10 @@ def kill_started(variable: str, value: str) -> None:
     For a session that is lost: ending it in order would wait for daemons that are not there, and children of a process
     that was killed are nobody's.
     """
-    found = []
     for process in psutil.process_iter(["environ"]):
         if (process.info["environ"] or {}).get(variable) == value and process.pid != os.getpid():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-                found.append(process)
-    psutil.wait_procs(found, timeout=_EXIT_PATIENCE_S)
 
 
 def abandon_session() -> None:
