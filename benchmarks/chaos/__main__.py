@@ -117,7 +117,7 @@ def _break(
         time.sleep(rng.uniform(0.0, 1.5))
         took_s = traffic.recovery_s(fault.at_s, time.monotonic()) if well else float("inf")
         recoveries.setdefault(fault.kind, []).append(took_s)
-        _tell(number, fault, took_s, len(traffic.acked))
+        _tell(number, fault, took_s, traffic)
         if not well:
             break
     return recoveries
@@ -180,9 +180,11 @@ def _version_of(path: str) -> str:
     return f"{int(parts[2])}.{int(parts[4])}" if len(parts) > 5 else path
 
 
-def _tell(number: int, fault: Fault, took_s: float, acked: int) -> None:
-    told: dict[str, Any] = {"n": number + 1, "fault": fault.kind, "recovery_s": round(took_s, 2), "acked": acked}
-    told |= {"pids": fault.pids[:5], "detail": fault.detail}
+def _tell(number: int, fault: Fault, took_s: float, traffic: Traffic) -> None:
+    errors = [(round(at_s - fault.at_s, 2), error) for at_s, error in traffic.errors if at_s >= fault.at_s]
+    told: dict[str, Any] = {"n": number + 1, "fault": fault.kind, "recovery_s": round(took_s, 2)}
+    told |= {"acked": len(traffic.acked), "pids": fault.pids[:5], "detail": fault.detail}
+    told |= {"errors": len(errors), "last": errors[-3:]}
     print(json.dumps(told), file=sys.stderr, flush=True)
 
 

@@ -31,6 +31,8 @@ class Traffic:
     answers: list[tuple[float, float, bool]] = field(default_factory=list)
     """When a slate was asked for, when that ended, and whether it came; on the monotonic clock."""
     versions: set[str] = field(default_factory=set)
+    errors: list[tuple[float, str]] = field(default_factory=list)
+    """When a request of whatever kind failed, and how."""
     contradictions: list[str] = field(default_factory=list)
     """Promises that were broken before the client's eyes."""
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -112,9 +114,13 @@ class Traffic:
         """Return the answer, or none where it is an error or does not come."""
         try:
             async with session.post(self.url + path, json=body) as response:
-                return await response.json() if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            return None
+                if response.status == 200:
+                    return await response.json()
+                failure = f"{path} {response.status}"
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            failure = f"{path} {error!r:.60}"
+        self.errors.append((time.monotonic(), failure))
+        return None
 
 
 def longest(values: Iterable[float]) -> float:
