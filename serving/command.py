@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import load_dataset
 from cluster.engine import open_registry
-from cluster.errors import EngineError
+from cluster.errors import ConfigError, DataError, EngineError, RegistryError
 from cluster.haproxy import GIVEN_PORTS, STATS_PORT, share_ports
 from cluster.home import Home
 from cluster.output import print_result
@@ -50,6 +50,12 @@ MAX_RESTART_PAUSE_S = 30.0
 """A Ray that does not come up is tried again after twice as long each time, up to this."""
 START_PATIENCE_S = 180.0
 """How long Ray and its replicas may take to answer."""
+FIRST_TRIES = 3
+"""How often Ray may fail to start, without having ever answered, before the command fails too."""
+FINAL_EXIT_CODES = (ConfigError.exit_code, DataError.exit_code, RegistryError.exit_code)
+"""With these, trying again is of no use."""
+LOST_EXIT_CODE = os.EX_TEMPFAIL
+"""Of the process that runs Ray behind a standby, once Ray or the standby is gone."""
 END_PATIENCE_S = 40.0
 """How long Ray may take to end in order."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
@@ -92,14 +98,15 @@ def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
         Standby(settings, args.host, args.port, stats_port=stats_port, fallback_port=fallback_port) as standby,
     ):
         environment = os.environ | share_ports(stats_port=stats_port, fallback_port=fallback_port)
-        pause_s, was_ready = RESTART_PAUSE_S, False
+        pause_s, was_ready, failures = RESTART_PAUSE_S, False, 0
         while True:
             with _ray_process(args, environment, again=was_ready) as process:
                 ready = _stand_by(standby, process)
             kill_started(GIVEN_PORTS[STATS_PORT], str(stats_port))  # what a killed Ray has left behind
             standby.look()
             was_ready |= ready
-            if not was_ready:
+            failures += process.returncode not in (LOST_EXIT_CODE, -signal.SIGKILL)
+            if not was_ready and (process.returncode in FINAL_EXIT_CODES or failures >= FIRST_TRIES):
                 raise SystemExit(process.returncode)
             pause_s = RESTART_PAUSE_S if ready else min(2 * pause_s, MAX_RESTART_PAUSE_S)
             time.sleep(pause_s)
@@ -151,15 +158,16 @@ def _run_on_ray(args: argparse.Namespace, recipe: Recipe) -> None:
 
     dataset = load_dataset(args.data) if args.data else None
     engine, behind = recipe.section(EngineConfig), args.behind_standby
+    anew, code = "start `recloop serve` again", EngineError.exit_code
     if behind:
         _end_with_standby()
-    anew = "starting it again" if behind else "start `recloop serve` again"
+        anew, code = "starting it again", LOST_EXIT_CODE
     with (
         ray_session(
             engine.ray_address,
             logical_cpus=engine.logical_cpus,
             verbose=args.verbose,
-            on_lost=lambda name: _end(f"{name} has ended, and Ray with it; {anew}"),
+            on_lost=lambda name: _end(f"{name} has ended, and Ray with it; {anew}", code),
         ),
         running_app(recipe, args.home, args.host, args.port, dataset, shared=behind) as url,
         _online_trainer()(recipe, args.home) as trainer,
@@ -182,16 +190,16 @@ def _end_with_standby() -> None:
 
     def wait() -> None:
         os.read(sys.stdin.fileno(), 1)  # nothing is ever sent: it returns at the end of the other side
-        _end("the standby has ended")
+        _end("the standby has ended", LOST_EXIT_CODE)
 
     threading.Thread(target=wait, name="standby-watch", daemon=True).start()
 
 
-def _end(reason: str) -> None:
+def _end(reason: str, exit_code: int) -> None:
     """End this process with all that it started, at once: what it waits for would not come."""
     print(f"recloop: {reason}", file=sys.stderr, flush=True)
     abandon_session()
-    os._exit(EngineError.exit_code)
+    os._exit(exit_code)
 
 
 def _look_after(trainer: "ActorHandle[Any]") -> None:  # Any: as above

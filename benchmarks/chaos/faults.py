@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.chaos.server import Server, signal_all
+from benchmarks.chaos.server import Server, signal_all, wait_until_dead
 
 KILLED_PARTS = ("ingress", "trainer", "encoder", "controller", "proxy", "haproxy", "raylet", "gcs", "driver", "command")
 STOPPED_PARTS = ("ingress", "trainer", "proxy")
@@ -97,7 +97,7 @@ class Faults:
         victims = self._wait_for("all")
         at_s = time.monotonic()
         reached = signal_all(victims, signal.SIGKILL)
-        psutil.wait_procs(victims, timeout=5)
+        wait_until_dead(victims)
         manifests = sorted((self.home / "registry" / "versions").glob("*/deltas/*/manifest.json"))
         if not manifests:
             return Fault(kind=kind, at_s=at_s, pids=reached, detail="there is no delta")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,6 +33,7 @@ BEHIND_STANDBY = "--behind-standby"
 """Flag of the command's own child, which runs Ray."""
 RESTART_PAUSE_S = 0.2
 EXIT_PATIENCE_S = 60.0
+LEFTOVERS_PATIENCE_S = 5.0
 
 
 class Server:
@@ -102,8 +103,23 @@ class Server:
         for process in self._seen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(list(self._seen), timeout=5)
+        wait_until_dead(self._seen)
         self._seen.clear()
+
+
+def wait_until_dead(processes: Iterable[psutil.Process]) -> None:
+    """Wait for killed processes, some seconds at most."""
+    deadline_s = time.monotonic() + LEFTOVERS_PATIENCE_S
+    while any(map(_is_alive, processes)) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it still holds anything: what has ended and is not yet reaped does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command_line(process: psutil.Process) -> list[str]:
