@@ -4,7 +4,7 @@ In:  a `VersionRef` to promote.  Out: the current one, the history of moves.
 Knows nothing of what a version holds or whether it exists.
 
 `current.json` moves by one atomic write. `promotions.jsonl` has one line a move, written first: nothing is ever served
-that the record does not name.
+that the record does not name. Of old moves, those from delta to delta are forgotten after a while.
 """
 
 import json
@@ -17,6 +17,11 @@ from cluster.storage import Storage
 
 POINTER_FILE = "current.json"
 PROMOTIONS_FILE = "promotions.jsonl"
+DELTA_MOVE = "delta"
+"""Reason of a move to the next delta: two a second, while events come."""
+LONG_RECORD_BYTES = 1 << 20
+NEWEST_MOVES = 1_000
+"""Moves that stay whatever their reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,7 @@ class Pointer:
             "reason": reason,
         }
         self._storage.append_line(PROMOTIONS_FILE, json.dumps(record))
+        self._shorten()
         self._storage.write(POINTER_FILE, json.dumps({"version": ref.version, "delta": ref.delta}).encode())
 
     def history(self) -> list[Promotion]:
@@ -70,6 +76,15 @@ class Pointer:
             return []
         whole, _, _torn = self._storage.read(PROMOTIONS_FILE).rpartition(b"\n")
         return [self._promotion(line) for line in whole.splitlines()]
+
+    def _shorten(self) -> None:
+        """Forget old moves to the next delta, which the deltas themselves state, once there are very many."""
+        if self._storage.size(PROMOTIONS_FILE) < LONG_RECORD_BYTES:
+            return
+        lines = self._storage.read(PROMOTIONS_FILE).splitlines(keepends=True)
+        old, new = lines[:-NEWEST_MOVES], lines[-NEWEST_MOVES:]
+        chosen = [line for line in old if self._promotion(line).reason != DELTA_MOVE]
+        self._storage.write(PROMOTIONS_FILE, b"".join([*chosen, *new]))
 
     def readable(self) -> VersionRef | None:
         """Return the current version, or none where there is none or the pointer is damaged."""

@@ -29,7 +29,7 @@ import torch
 from cluster.canary import Canary, CanaryPointer
 from cluster.errors import CorruptVersionError, RegistryError
 from cluster.manifest import MANIFEST_FILE, FileEntry, Manifest, VersionRef
-from cluster.pointer import Pointer, Promotion
+from cluster.pointer import DELTA_MOVE, Pointer, Promotion
 from cluster.storage import Storage
 
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -279,7 +279,7 @@ class DeltaDraft(_Draft):
             ref = VersionRef(self._base, parent.ref.delta + 1)
             self._place(ref, parent, first_seq, last_seq, metrics or {})
             if promote and self._pointer.is_at(parent.ref):
-                self._pointer.move(ref, "delta")
+                self._pointer.move(ref, DELTA_MOVE)
         return ref
 
 

@@ -55,6 +55,10 @@ class Storage:
         """Tell whether a file or a folder has this name."""
         return self._files.get_file_info(self._path(name)).type != fs.FileType.NotFound
 
+    def size(self, name: str) -> int:
+        """Return how many bytes the content has; 0 where there is none."""
+        return self._files.get_file_info(self._path(name)).size or 0
+
     def list(self, folder: str = "") -> list[str]:
         """Return the names in a folder (not their paths), sorted; empty where there is no such folder."""
         selector = fs.FileSelector(self._path(folder), allow_not_found=True)

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from serving.catalogue import LiveCatalogue
 from serving.experiments import Arm
 from serving.metrics import Metrics
 from training.models.served import ServedModel
+from training.models.version import VersionState, apply_delta
 
 RETRY_REFUSED_S = 5.0
 """How long a version that did not hold is left alone, unless the pointer moves."""
@@ -217,31 +218,32 @@ class Refresher:
 
     def _reach(self, target: VersionRef) -> tuple[ServedModel, Exception | None]:
         """Return the model nearest to the target whose files hold, and what stopped short of the target."""
-        reached = self.residents.live
-        try:
-            for reached in self._steps_to(target):  # noqa: B007  the last one is the nearest
-                pass
-        except Exception as error:  # what cannot be loaded, for whatever reason, is not served
-            return reached, error
-        return reached, None
-
-    def _steps_to(self, target: VersionRef) -> Iterator[ServedModel]:
-        """Yield models nearer and nearer to the target; what does not hold raises instead of being yielded."""
         residents = self.residents
         if residents.previous is not None and residents.previous.name == str(target):
-            yield self._catalogue.lay_over(residents.previous)
-            return
+            return self._catalogue.lay_over(residents.previous), None
         model, ref = residents.live, VersionRef.parse(residents.live.name)
-        if ref.version != target.version or ref.delta > target.delta:
-            model, ref = self._load_base(target.version), VersionRef(target.version)
-            yield model
-        parent = self._registry.manifest(ref)
-        for number in range(ref.delta + 1, target.delta + 1):
-            reader = self._registry.open_delta(target.version, number)
-            if reader.manifest.parent_sha256 != parent.sha256:
-                raise CorruptVersionError(f"delta {reader.manifest.ref} is not a child of {parent.ref} as it is now")
-            model, parent = model.with_delta(reader), reader.manifest
-            yield model
+        try:
+            if ref.version != target.version or ref.delta > target.delta:
+                model, ref = self._load_base(target.version), VersionRef(target.version)
+            state, failure = self._apply_deltas(model.state, ref, target)
+            return (model if state is model.state else model.with_state(state)), failure
+        except Exception as error:  # what cannot be loaded, for whatever reason, is not served
+            return model, error
+
+    def _apply_deltas(
+        self, state: VersionState, ref: VersionRef, target: VersionRef
+    ) -> tuple[VersionState, Exception | None]:
+        """Return the state after as many deltas towards the target as hold, and what is wrong with the next."""
+        try:
+            parent = self._registry.manifest(ref)
+            for number in range(ref.delta + 1, target.delta + 1):
+                reader = self._registry.open_delta(target.version, number)
+                if reader.manifest.parent_sha256 != parent.sha256:
+                    raise CorruptVersionError(f"delta {reader.manifest.ref} is not a child of {parent.ref} as it is")
+                state, parent = apply_delta(state, reader), reader.manifest
+        except Exception as error:  # as above
+            return state, error
+        return state, None
 
     def _load_base(self, version: int) -> ServedModel:
         return self._catalogue.lay_over(ServedModel.load(self._registry, VersionRef(version)))

@@ -64,7 +64,7 @@ def main() -> None:
         parser.error(f"--small-disk {args.small_disk}: is not a file system of its own; mount one there")
     rng = random.Random(args.seed)
     with _scratch(args.small_disk) as scratch:
-        home = _published_home(scratch, args.from_home)
+        home = published_home(scratch, args.from_home)
         port = find_free_port()
         log_file = Path(tempfile.gettempdir()) / f"recloop-chaos-{port}.log"
         with Server(home.path, port, [*OVERRIDES, *args.overrides], log_file) as server:
@@ -145,7 +145,8 @@ def _wait_until_learned(url: str, seq: int) -> bool:
     return False
 
 
-def _published_home(scratch: Path, source: Path | None) -> Home:
+def published_home(scratch: Path, source: Path | None) -> Home:
+    """Return a home with a published version: that of another home, or one trained now for an epoch."""
     if source is not None:
         for name in ("registry", "cache", "datasets"):
             if (source / name).exists():

@@ -4,11 +4,13 @@ In:  the recipe's `[log]`, a connection inside a transaction.  Out: segments to 
 Knows nothing of files or threads.
 
 An event is dropped only when every consumer that ever committed an offset has passed it; a log without a consumer
-drops nothing. User history is kept whole: it says what a user must not be offered again.
+drops nothing. User history is kept whole unless `log.keep_history` says otherwise: it says what a user must not be
+offered again.
 """
 
 import sqlite3
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
@@ -32,12 +34,15 @@ class LogConfig:
     """Drop sealed events acked longer ago; none keeps all."""
     keep_bytes: int | None = None
     """Drop the oldest segments beyond this total; none keeps all."""
+    keep_history: int | None = None
+    """Of what a user did in events that are dropped, only what is among the user's newest so many interactions stays;
+    none keeps all. What does not stay may be recommended to the user again."""
     dedupe_events: int | None = None
     """Sealed events whose ids are still known, at about 45 bytes each; none keeps every id for ever."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("seal_after_events", "segment_events", "keep_days", "keep_bytes", "dedupe_events"):
+        for name in ("seal_after_events", "segment_events", "keep_days", "keep_bytes", "keep_history", "dedupe_events"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"log.{name}={value}: must be above 0; leave it out for the default")
@@ -79,6 +84,15 @@ def drop_passed(connection: sqlite3.Connection, config: LogConfig, now_us: int |
         left_bytes -= segment.size_bytes
         dropped.append(segment)
     return dropped
+
+
+def trim_history(connection: sqlite3.Connection, segment: Segment, user_ids: Sequence[str], keep: int) -> None:
+    """Forget what these users did in a dropped segment, but for each user's newest interactions."""
+    statement = (
+        "DELETE FROM user_history WHERE user_id = ?1 AND seq BETWEEN ?2 AND ?3 AND seq <= "
+        "(SELECT seq FROM user_history WHERE user_id = ?1 ORDER BY seq DESC LIMIT 1 OFFSET ?4)"
+    )
+    connection.executemany(statement, [(user_id, segment.first_seq, segment.last_seq, keep) for user_id in user_ids])
 
 
 def record_absence(connection: sqlite3.Connection, first_seq: int, last_seq: int, reason: str) -> None:

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 from cluster.errors import EngineError, RecloopError
 from cluster.log.commit import GroupCommit
 from cluster.log.records import EVENT_COLUMNS, LoggedEvent, logged_event
-from cluster.log.retention import SEGMENT_COLUMNS, LogConfig, drop_passed, find_segments
-from cluster.log.segments import Segment, delete_segment, name_range, segments_folder, write_segment
+from cluster.log.retention import SEGMENT_COLUMNS, LogConfig, drop_passed, find_segments, trim_history
+from cluster.log.segments import Segment, SegmentReader, delete_segment, name_range, segments_folder, write_segment
 
 HASH_BYTES = 16
 NOTED_AT_ONCE = 500
@@ -158,7 +158,15 @@ class Sealer:
         if self._config.keep_days is None and self._config.keep_bytes is None:
             return
         for segment in self._submit(drop_passed, self._config):
+            if (keep := self._config.keep_history) is not None:
+                self._trim(segment, keep)
             delete_segment(self._folder, segment.file_name)
+
+    def _trim(self, segment: Segment, keep: int) -> None:
+        users = SegmentReader(self._folder).read_table(segment, ["user_id"])["user_id"].unique().to_pylist()
+        for start in range(0, len(users), NOTED_AT_ONCE):
+            some = users[start : start + NOTED_AT_ONCE]
+            self._submit(lambda connection, some: trim_history(connection, segment, some, keep), some)
 
     def _forget_ids(self) -> None:
         """Forget ids beyond the horizon, a part of the index in each transaction."""

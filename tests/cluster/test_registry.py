@@ -208,6 +208,19 @@ def test_history_names_every_move_with_its_reason(registry):
     assert moves == [("None", "1.0", "published"), ("1.0", "1.1", "delta"), ("1.1", "1.0", "drift")]
 
 
+def test_old_moves_from_delta_to_delta_are_forgotten_once_there_are_many(registry, monkeypatch):
+    monkeypatch.setattr("cluster.pointer.LONG_RECORD_BYTES", 2_000)
+    monkeypatch.setattr("cluster.pointer.NEWEST_MOVES", 5)
+    publish_version(registry)
+    registry.promote(VersionRef(1), "chosen")
+    for seq in range(1, 61):
+        registry.draft_delta(1).publish(seq, seq)
+    reasons = [move.reason for move in registry.history()]
+    assert reasons[:2] == ["published", "chosen"]
+    assert 5 <= reasons.count("delta") < 30
+    assert registry.history()[-1].ref == registry.current() == VersionRef(1, 60)
+
+
 def test_a_move_torn_by_a_crash_is_left_out_of_the_history(folder):
     registry = Registry(folder)
     publish_version(registry)

@@ -100,7 +100,11 @@ class ServedModel:
 
     def with_delta(self, reader: VersionReader) -> "ServedModel":
         """Return the model after a delta of this version; items put since stay."""
-        return ServedModel.build(apply_delta(self.state, reader), self.put)
+        return self.with_state(apply_delta(self.state, reader))
+
+    def with_state(self, state: VersionState) -> "ServedModel":
+        """Return the model of this version in another state, such as after many deltas; items put since stay."""
+        return ServedModel.build(state, self.put)
 
     def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedModel":
         """Return the model with these (id, text) items recommendable, or read anew where it knows them."""

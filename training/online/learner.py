@@ -63,6 +63,9 @@ logger = logging.getLogger(__name__)
 
 LAG_STEPS = 16
 """A trainer that is behind sizes its steps so as to catch up in about so many."""
+CONSUMER = "online-trainer"
+"""Whose offset in the log says what may be dropped: the events of every version of its own that stays are kept, since a
+rollback learns them again."""
 FOLDED = "folded"
 """Metric of a version made by folding deltas: the last of them."""
 PUBLISHING = ("published", "delta")
@@ -273,6 +276,7 @@ class OnlineLearner:
         if ref.delta >= self.config.compact_every:
             self._publish_version({FOLDED: str(ref)})
             self._drop_old_versions()
+            self._free_events()
         return ref
 
     def _publish_delta(self, change: Change, metrics: dict[str, object]) -> VersionRef:
@@ -332,6 +336,13 @@ class OnlineLearner:
                 self.registry.drop_version(manifest.ref.version)
         chains = {manifest.ref.version for manifest in earlier[-self.config.keep_chains :]} | {self.ref.version}
         self._good = deque(entry for entry in self._good if entry[0].version in chains) or deque([(self.ref, 0)])
+
+    def _free_events(self) -> None:
+        """Let the log drop what no version of this trainer's own, and no trial, would have to be read again for."""
+        own = [manifest.last_seq for manifest in self.registry.versions() if ROOT in manifest.metrics]
+        canary = self.registry.canary()
+        trial = [canary.from_seq] if canary else []
+        self.log.commit_offset(CONSUMER, min([self.applied_seq, *own, *trial]))
 
     def _damage(self, change: Change) -> str | None:
         """Return why the learning since the last delta ruined the weights, or none."""

@@ -29,6 +29,12 @@ def publish_before(registry: Registry, seq: int, wanted: Exclusions, reason: str
     raise RegistryError(f"{current}: there is none from before event {seq} that it grew from")
 
 
+def learned_before(registry: Registry, seq: int) -> int:
+    """Return the last event that the newest state from before event `seq` has learned; 0 where there is none."""
+    found = (m.last_seq for m in _manifests(registry, registry.current()) if m.last_seq < seq)
+    return next(found, 0)
+
+
 def publish_whole(registry: Registry, damaged: VersionRef, problem: str) -> VersionRef:
     """Publish the newest state that `damaged` grew from and whose files hold.
 

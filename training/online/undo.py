@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_log, open_registry
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, RegistryError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.log.retention import LogConfig
@@ -17,7 +17,7 @@ from cluster.manifest import VersionRef
 from cluster.output import Result
 from cluster.registry import Registry
 from training.online.exclusions import Exclusions
-from training.online.regrow import publish_before
+from training.online.regrow import learned_before, publish_before
 
 UNDONE = "some learning undone"
 """Reason with which the pointer moves when none is given."""
@@ -61,6 +61,11 @@ def publish_without(
         raise ConfigError(f"--without-user {unknown[0]}: {current.ref} has learned from no event of that user")
     wanted = Exclusions(ranges=frozenset(ranges), users=dict.fromkeys(users, log.head_seq()))
     first_seq = min([first for first, _ in ranges] + list(firsts.values()))
+    learned = learned_before(registry, first_seq)
+    again = log.read(learned, 1)
+    if again and again[0].seq > learned + 1:
+        gone = f"events {learned + 1} to {again[0].seq - 1}"
+        raise RegistryError(f"{gone} are no longer in the log, so what was learned since cannot be learned again")
     return publish_before(registry, first_seq, wanted, reason or UNDONE)
 
 

@@ -218,6 +218,23 @@ def test_nothing_is_dropped_that_a_consumer_still_needs(path):
         assert "m1" in log.seen_items("u1")
 
 
+def test_with_dropped_events_users_forget_but_their_newest_interactions(path):
+    def history(log, user):
+        return [entry.seq for entry in log.user_state(user, 1_000).history]
+
+    with filled(path) as log:
+        before = {user: history(log, user) for user in ("u1", "u2", "u3")}
+        log.commit_offset("trainer", 85)
+    with EventLog(path, replace(SMALL, keep_bytes=1, keep_history=20)) as log:
+        log.seal()
+        assert log.verify().dropped == 80
+        assert log.verify().sound
+        for user, seqs in before.items():
+            newest = set(seqs[-20:])
+            assert history(log, user) == [seq for seq in seqs if seq > 80 or seq in newest]
+            assert len(history(log, user)) < len(seqs)
+
+
 def test_old_segments_are_dropped_by_age(path):
     filled(path).close()
     execute(

@@ -8,6 +8,7 @@ import torch
 
 from cluster.errors import ConfigError, RegistryError
 from cluster.log import EventLog
+from cluster.log.retention import LogConfig
 from cluster.manifest import VersionRef
 from training.models.version import read_version
 from training.online.learner import OnlineLearner
@@ -142,3 +143,18 @@ def test_the_command_says_what_will_be_learned_again(open_loop):
         "ranges": [[20, 21]],
         "users": {"u1": 48},
     }
+
+
+def test_what_retention_has_dropped_is_not_undone_over(open_loop):
+    tiny, log, learner = open_loop("online.compact_every=2", "online.keep_versions=1", "online.keep_chains=1")
+    follow(log, learner, tiny.live_events(150))
+    log.close()
+    keep_little = LogConfig(seal_after_events=5, segment_events=10, keep_bytes=1)
+    with EventLog(tiny.home.log, keep_little) as short:
+        assert 0 < short.committed_offset("online-trainer") < 150
+        short.seal()
+        oldest = short.read(0, 1)[0].seq
+        assert 1 < oldest <= short.committed_offset("online-trainer") + 1
+        with pytest.raises(RegistryError, match=rf"events 1 to {oldest - 1} are no longer in the log"):
+            publish_without(tiny.registry, short, [(3, 4)], [])
+        assert publish_without(tiny.registry, short, [(149, 150)], []) == tiny.registry.current()
