@@ -1,6 +1,6 @@
 """Does anything that a client was promised get lost, whatever is killed, stopped, filled or damaged meanwhile?
 
-    python -m benchmarks.chaos [--quick] [--kills 200] [--only "kill raylet" …] [--small-disk DIR]
+    python -m benchmarks.chaos [--quick] [--kills 200] [--only "kill raylet" …] [--small-disk DIR] [--kafka]
 
 In:  MovieLens-100K, the demo's recipe trained for an epoch, `recloop serve` as a child that is started again whenever
 it ends, clients that ask, click and repeat a click until it is acknowledged.
@@ -8,6 +8,7 @@ Out: after every fault, the seconds until answers came again without a failure; 
 every acknowledged event in the log, once, at its number; user state the fold of the log; the learned events those of
 the log, each once; every answer from a published version.
 Bound by how soon Ray finds that a process is gone and starts another, and by what `recloop serve` takes to start.
+With `--kafka` the log is a topic of a real broker, and the audit reads what a node without a file folds from it.
 `--small-disk` names a file system that the home is put on and that is filled, such as a mounted tmpfs of 512 MiB.
 """
 
@@ -20,10 +21,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.audit import audit
+from benchmarks.chaos.broker import folded_anew, running_broker
 from benchmarks.chaos.faults import Fault, Faults, is_mounted
 from benchmarks.chaos.server import Server
 from benchmarks.chaos.traffic import Traffic, longest
@@ -57,17 +60,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", default=[], metavar="FAULT", help="this kind alone; may be repeated")
     parser.add_argument("--small-disk", type=Path, help="a file system of its own for the home, to be filled")
+    parser.add_argument("--kafka", action="store_true", help="log to a broker of the Kafka protocol")
     parser.add_argument("--from-home", type=Path, help="take this home's published version instead of training one")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     if args.small_disk and not is_mounted(args.small_disk):
         parser.error(f"--small-disk {args.small_disk}: is not a file system of its own; mount one there")
     rng = random.Random(args.seed)
-    with _scratch(args.small_disk) as scratch:
+    with _scratch(args.small_disk) as scratch, running_broker() if args.kafka else nullcontext() as servers:
+        kafka = [f"engine.kafka_servers={servers}", "engine.log=kafka"] if servers else []
         home = published_home(scratch, args.from_home)
         port = find_free_port()
         log_file = Path(tempfile.gettempdir()) / f"recloop-chaos-{port}.log"
-        with Server(home.path, port, [*OVERRIDES, *args.overrides], log_file) as server:
+        with Server(home.path, port, [*OVERRIDES, *kafka, *args.overrides], log_file) as server:
             with Traffic(f"http://127.0.0.1:{port}", args.clients) as traffic:
                 faults = Faults(server, home.path, args.small_disk, rng)
                 _wait_until_well(traffic, time.monotonic())
@@ -75,7 +80,8 @@ def main() -> None:
             caught_up = _wait_until_learned(traffic.url, max(traffic.acked.values()))
             starts = server.starts
         damaged = {fault.detail for fault in faults.done if "delta" in fault.kind}
-        with EventLog(home.log) as log:
+        newest = max(traffic.acked.values())
+        with folded_anew(servers, scratch / "anew.db", newest) if servers else EventLog(home.log) as log:
             verdict = audit(traffic, log, open_registry(load_recipe("movielens"), home), set(map(_version_of, damaged)))
     results = {
         "faults": len(faults.done),
@@ -98,7 +104,13 @@ def main() -> None:
         print(f"{kind:28} {len(found):4} times, answers again after {median_s:6.2f} s, at most {max(found):6.2f} s")
     for check in checks:
         print(f"{check.name:28} {check.value:>10,.3f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
-    config = {"seed": args.seed, "clients": args.clients, "quick": args.quick, "overrides": args.overrides}
+    config = {
+        "seed": args.seed,
+        "clients": args.clients,
+        "quick": args.quick,
+        "kafka": args.kafka,
+        "overrides": args.overrides,
+    }
     print_result(results=results, config=config, checks=checks)
 
 
