@@ -13,6 +13,7 @@ Bound by the trainer: a rate above what it learns would be answered by a lag tha
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -202,9 +203,10 @@ class Soak:
 def disk_bytes(folder: Path) -> int:
     """Return what the files below a folder take; one that goes meanwhile counts nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_blocks * 512
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(Path(parent, name)).st_blocks * 512
     return total
 
 
