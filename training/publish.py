@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     trained = TrainedRun.read(folder)
     recipe = read_recipe(folder)
     registry = open_registry(recipe, args.home)
+    if args.canary:
+        registry.current()  # what the others are served meanwhile; raises where there is nothing yet
     ref = publish_run(trained, registry, promote=not args.canary)
     published = {"version": str(ref), "run": trained.folder, "metrics": trained.metrics}
     if args.canary:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.errors import DataError
+from cluster.errors import DataError, NoVersionError
 from cluster.home import Home
 from cluster.log import Interaction
 from cluster.manifest import VersionRef
@@ -92,12 +92,24 @@ def test_a_published_run_is_current_and_published_again_it_is_the_next_version(b
 
 def test_the_command_publishes_the_newest_run(board) -> None:
     before = Registry(board.home.registry).current()
-    told = run(argparse.Namespace(run=None, home=board.home))
+    told = run(argparse.Namespace(run=None, home=board.home, canary=False))
     assert told == {
         "version": str(VersionRef(before.version + 1)),
         "run": board.trained.folder,
         "metrics": board.trained.metrics,
     }
+
+
+def test_a_run_published_as_canary_is_tried_on_some_users_and_not_promoted(board, tmp_path: Path) -> None:
+    with pytest.raises(NoVersionError):  # there is nothing that the others could be served
+        run(argparse.Namespace(run=board.trained.folder, home=Home(tmp_path).ensure(), canary=True))
+    registry = Registry(board.home.registry)
+    before = registry.current()
+    told = run(argparse.Namespace(run=None, home=board.home, canary=True))
+    canary = registry.canary()
+    assert (str(canary.ref), canary.share) == (told["version"], told["share"])
+    assert registry.current() == before != canary.ref
+    registry.end_canary(canary, "over")
 
 
 def test_without_a_run_the_error_says_what_makes_one(tmp_path: Path) -> None:
