@@ -79,11 +79,18 @@ class CanaryPointer:
         return canary
 
     def end(self, outcome: str, reason: str) -> None:
-        """End the trial, if one runs."""
+        """End the trial, if one runs; one whose file is damaged too."""
         if self._storage.exists(CANARY_FILE):
-            running = json.loads(self._storage.read(CANARY_FILE))
-            self._record(outcome, {"ref": running.get("ref"), "reason": reason})
+            running = self.readable()
+            self._record(outcome, {"ref": str(running.ref) if running else None, "reason": reason})
             self._storage.delete(CANARY_FILE)
+
+    def readable(self) -> Canary | None:
+        """Return the running trial, or none where there is none or its file is damaged."""
+        try:
+            return self.current()
+        except CorruptVersionError:  # replicas say so, and serve nobody from it
+            return None
 
     def history(self) -> list[dict[str, Any]]:  # Any: JSON
         """Return the start and end of every trial, oldest first."""

@@ -68,8 +68,12 @@ class Registry:
         return self._pointer.history()
 
     def canary(self) -> Canary | None:
-        """Return the running trial, if any."""
+        """Return the running trial, if any; raises `CorruptVersionError` where what is stated of it does not hold."""
         return self._canary.current()
+
+    def readable_canary(self) -> Canary | None:
+        """Return the running trial, or none where there is none or what is stated of it does not hold."""
+        return self._canary.readable()
 
     def start_canary(self, ref: VersionRef, share: float, from_seq: int) -> Canary:
         """Begin to serve a published version to a share of users; raises `RegistryError` where that cannot be."""
@@ -85,7 +89,7 @@ class Registry:
         Returns whether it did: someone else may have ended it meanwhile.
         """
         with self._storage.lock():
-            if canary is not None and self._canary.current() != canary:
+            if canary is not None and self._canary.readable() != canary:
                 return False
             self._canary.end("promoted" if promote else "ended", reason)
             if promote and canary is not None:

@@ -65,7 +65,7 @@ class Residents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A promoted version that does not hold, at least not as a whole."""
+    """A version, promoted or on trial, that does not hold, at least not as a whole."""
 
     target: VersionRef
     reason: str
@@ -93,6 +93,7 @@ class Refresher:
         """How often it looks; may be changed at any time."""
         self._residents: Residents | None = None
         self._refusal: Refusal | None = None
+        self._canary_refusal: Refusal | None = None
         self._problems: dict[str, str] = {}
         self._timed_seq = 0
         """Last event whose way into the weights has been timed, or came before this replica."""
@@ -207,14 +208,24 @@ class Refresher:
 
     def _follow_canary(self) -> None:
         """Have the version on trial ready for its users; one that does not hold is not served to anyone."""
-        trial = self._registry.canary()
-        if trial == self.residents.trial:
+        trial, before = self._registry.canary(), self.residents
+        if trial == before.trial and (trial is None or before.canary is not None):
             return
-        self._residents = replace(self.residents, trial=trial, canary=None)
-        if trial is not None:
+        refused = self._canary_refusal
+        if trial and refused and refused.target == trial.ref and time.monotonic() < refused.retry_s:
+            raise CorruptVersionError(refused.reason)
+        self._residents = replace(before, trial=trial, canary=None)
+        if trial is None:
+            return
+        try:
             model = self._catalogue.lay_over(ServedModel.load(self._registry, trial.ref))
             _warm_up(model)
-            self._residents = replace(self.residents, canary=model)
+        except Exception as error:  # what cannot answer, for whatever reason, is not served
+            reason = f"{trial.ref} is on trial but served to nobody: {error}"
+            retry_s = time.monotonic() + RETRY_REFUSED_S
+            self._canary_refusal = Refusal(target=trial.ref, reason=reason, retry_s=retry_s)
+            raise CorruptVersionError(reason) from error
+        self._residents = replace(self.residents, canary=model)
 
     def _reach(self, target: VersionRef) -> tuple[ServedModel, Exception | None]:
         """Return the model nearest to the target whose files hold, and what stopped short of the target."""

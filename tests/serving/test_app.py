@@ -288,6 +288,8 @@ def test_a_version_on_trial_that_does_not_hold_is_served_to_nobody(served):
     try:
         served.wait_for(lambda: "canary" in served.request("GET", "/readyz").body["problems"])
         assert {served.recommend(f"t{n}")["version"] for n in range(20)} == {str(current)}
+        time.sleep(0.2)  # ten looks later it is still said
+        assert "on trial but served to nobody" in served.request("GET", "/readyz").body["problems"]["canary"]
         assert not served.request("GET", "/v1/versions").body["canary"]["served"]
     finally:
         served.registry.end_canary(canary, "over")

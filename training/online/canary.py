@@ -157,7 +157,7 @@ class CanaryWatch:
 
     def look(self, now_us: int) -> Verdict | None:
         """Count what has been logged; end the trial if that decides it, and return how it ended."""
-        canary = self._registry.canary()
+        canary = self._registry.readable_canary()
         if canary is None:
             self._test = None
             return None

@@ -158,6 +158,7 @@ class OnlineLearner:
         self.cache_folder = cache_folder
         self.device = device
         self._follow_pointer(registry.current(), took_up=False)
+        self._free_events()  # from now on nothing is dropped that is not learned
 
     def _take_up(self, ref: VersionRef) -> None:
         """Make weights, optimiser and offset those of a version."""
@@ -324,7 +325,7 @@ class OnlineLearner:
 
     def _drop_old_versions(self) -> None:
         """Keep the deltas of the newest versions, the bases of many, and every trained version."""
-        canary = self.registry.canary()
+        canary = self.registry.readable_canary()
         on_trial = canary.ref.version if canary else 0
         earlier = [
             m for m in self.registry.versions() if m.ref.version < self.ref.version and m.ref.version != on_trial
@@ -340,7 +341,7 @@ class OnlineLearner:
     def _free_events(self) -> None:
         """Let the log drop what no version of this trainer's own, and no trial, would have to be read again for."""
         own = [manifest.last_seq for manifest in self.registry.versions() if ROOT in manifest.metrics]
-        canary = self.registry.canary()
+        canary = self.registry.readable_canary()
         trial = [canary.from_seq] if canary else []
         self.log.commit_offset(CONSUMER, min([self.applied_seq, *own, *trial]))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.canary import Canary
-from cluster.errors import ConfigError, RegistryError
+from cluster.errors import ConfigError, CorruptVersionError, RegistryError
 from cluster.events import Event
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
@@ -165,3 +165,14 @@ def test_one_trial_runs_at_a_time_and_not_of_what_is_promoted(on_trial):
         tiny.registry.start_canary(VersionRef(2), 1.5, 0)
     with pytest.raises(RegistryError, match=r"9\.0 is not published"):
         tiny.registry.start_canary(VersionRef(9), 0.5, 0)
+
+
+def test_a_damaged_trial_is_nobodys_and_can_be_stopped(on_trial):
+    tiny, _, canary, watch = on_trial
+    (tiny.home.registry / "canary.json").write_text("{")
+    with pytest.raises(CorruptVersionError, match=r"canary\.json: not a trial"):
+        tiny.registry.canary()
+    assert watch.look(now_us=canary.started_us) is None
+    assert tiny.registry.end_canary(None, "damaged")
+    assert tiny.registry.canary() is None
+    assert tiny.registry.canaries()[-1]["outcome"] == "ended"
