@@ -148,8 +148,8 @@ class Join:
         label = 1.0 if event.kind in INTERACTION_KINDS else 0.0
         if shown is None:
             return [_example(logged, logged, label, organic=True)]
-        correction = shown.is_negative and not shown.is_rewarded
-        shown.is_rewarded = True
+        correction = label == 1.0 and shown.is_negative
+        shown.is_rewarded, shown.is_negative = True, label == 0.0
         return [_example(shown.logged, logged, label, correction=correction)]
 
     def _show(self, logged: LoggedEvent) -> list[Joined]:

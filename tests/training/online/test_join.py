@@ -70,6 +70,14 @@ def test_a_skip_is_a_negative_at_once():
     assert told(join(event("impression", 0), event("skip", 5))) == [(0.0, "skip", False, False)]
 
 
+def test_a_skip_takes_nothing_back_and_a_choice_after_it_does():
+    assert told(join(event("impression", 0), event("skip", 100), event("click", 200))) == [
+        (0.0, "impression", False, False),
+        (0.0, "skip", False, False),
+        (1.0, "click", True, False),
+    ]
+
+
 def test_an_impression_that_is_reported_twice_counts_once():
     stream = Join(CONFIG)
     found = stream.add([LoggedEvent(n, event("impression", 0), 0) for n in (1, 2)]) + stream.flush()
@@ -127,8 +135,9 @@ def join_at_once(events: list[Event], config: JoinConfig) -> Counter:
         negative = not rewards or rewards[0].ts_us > e.ts_us + wait_us
         if negative:
             found[(e.user_id, e.item_id, 0.0, "impression", e.ts_us, False, False)] += 1
-        for place, r in enumerate(rewards):
-            correction = negative and place == 0
+        for r in rewards:
+            correction = negative and r.kind != "skip"
+            negative = r.kind == "skip"
             found[(e.user_id, e.item_id, float(r.kind != "skip"), r.kind, e.ts_us, correction, False)] += 1
     return found
 
