@@ -3,7 +3,9 @@
 The newest events of a dataset come in time order. Each is first predicted by every arm, then learned by one online
 learner; the arms differ in when they take up its weights: at each second, minute or hour of the events' own time, or
 never. All see the same, newest user state, so that what is compared is the weights alone. An event counts by how many
-of the items that its user does not have rank below it (AUC), and by NDCG@10.
+of the items that its user does not have rank below it (AUC), and by NDCG@10; where users buy the same again, all items
+rank (`--may-repeat NAME`). Items rank as they are served: the candidates in the ranker's order, then all others in that
+of retrieval.
 
 What bounds it: learning is one pass, in the order of time; events of one second are learned after all of them are
 predicted. A seed draws the negatives and the rehearsed past; the version it starts from is the same for all.
@@ -55,6 +57,11 @@ class Arm:
     auc: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
 
+    def note(self, above: int, ranked: int) -> None:
+        """Count an event whose item so many of those that ranked stood above."""
+        self.ranks.append(above + 1)
+        self.auc.append(1 - above / (ranked - 1))
+
 
 @dataclass(slots=True)
 class User:
@@ -69,6 +76,7 @@ def main() -> None:
     parser = build_parser(__doc__, repeats=10)
     parser.add_argument("--home", action="append", required=True, help="NAME=DIR: a home with a published version")
     parser.add_argument("--data", action="append", required=True, help="NAME=DIR: the dataset it was trained on")
+    parser.add_argument("--may-repeat", action="append", default=[], help="NAME of data whose users choose items again")
     parser.add_argument("--events", type=int, default=10_000)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--recipe", default="movielens")
@@ -80,7 +88,7 @@ def main() -> None:
     results, checks = {}, []
     for name, folder in homes.items():
         recipes = [load_recipe(args.recipe, [*args.overrides, f"online.seed={seed}"]) for seed in range(repeats)]
-        found = _replay_seeds(Home(Path(folder)), Path(datasets[name]), recipes, limit)
+        found = _replay_seeds(Home(Path(folder)), Path(datasets[name]), recipes, limit, name in args.may_repeat)
         results[name] = summarise(found)
         checks += _checks(name, results[name])
     config = {"seeds": repeats, "events": limit, "overrides": args.overrides, "quick": args.quick}
@@ -88,20 +96,22 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _replay_seeds(home: Home, data: Path, recipes: Sequence[Recipe], limit: int) -> list[Json]:
-    found = []
+def _replay_seeds(home: Home, data: Path, recipes: Sequence[Recipe], limit: int, may_repeat: bool) -> list[Json]:
+    found: list[Json] = []
     for seed, recipe in enumerate(recipes):
         _, live = split_for_replay(load_dataset(data), recipe.section(DataConfig), limit)
         begun_s = time.monotonic()
         with tempfile.TemporaryDirectory() as folder, EventLog(Path(folder) / "events.sqlite") as log:
-            arms, users = replay(home, log, recipe, live)
+            arms, users = replay(home, log, recipe, live, may_repeat=may_repeat)
         found.append({"arms": arms, "users": users})
         told = {arm: round(float(np.mean(values["auc"])), 5) for arm, values in arms.items()}
         print(f"{data.name} seed {seed}: AUC {json.dumps(told)} {time.monotonic() - begun_s:.0f} s", file=sys.stderr)
     return found
 
 
-def replay(home: Home, log: EventLog, recipe: Recipe, live: pa.Table) -> tuple[dict[str, Json], list[str]]:
+def replay(
+    home: Home, log: EventLog, recipe: Recipe, live: pa.Table, *, may_repeat: bool
+) -> tuple[dict[str, Json], list[str]]:
     """Return AUC and rank of every event an arm, and the events' users."""
     registry = Registry(home.registry)
     log.seed_history("training-history", registry.open_version(registry.current().version).table("history"))
@@ -121,8 +131,11 @@ def replay(home: Home, log: EventLog, recipe: Recipe, live: pa.Table) -> tuple[d
             user = users.get(event.user_id) or users.setdefault(event.user_id, _look_up(log, event.user_id))
             if event.kind in INTERACTION_KINDS and first.knows(event.item_id):
                 asked.append(event.user_id)
+                places: dict[int, tuple[int, int]] = {}
                 for arm in arms.values():
-                    _predict(arm, user, event)
+                    if id(arm.model) not in places:  # arms that serve the same weights rank alike
+                        places[id(arm.model)] = _place(arm.model, user, event, set() if may_repeat else user.owned)
+                    arm.note(*places[id(arm.model)])
             user.history.append(Interaction(event.item_id, event.kind, event.value, event.ts_us, 0))
             user.owned.add(event.item_id)
         log.append(events)
@@ -150,13 +163,20 @@ def _look_up(log: EventLog, user_id: str) -> User:
     return User(list(log.user_state(user_id, 1_000).history), set(log.seen_items(user_id)))
 
 
-def _predict(arm: Arm, user: User, event: Event) -> None:
-    """Rank the event's item among all that the user does not have."""
-    exclude = frozenset(user.owned - {event.item_id})
-    ranked = arm.model.recommend(event.user_id, user.history, arm.model.item_count, exclude).item_ids
-    place = ranked.index(event.item_id)
-    arm.ranks.append(place + 1)
-    arm.auc.append(1 - place / (len(ranked) - 1))
+def _place(model: ServedModel, user: User, event: Event, owned: set[str]) -> tuple[int, int]:
+    """Return how many items rank above the event's, and how many ranked."""
+    exclude = frozenset(owned - {event.item_id})
+    ranked = len(model.item_ids) - sum(model.knows(item_id) for item_id in exclude)
+    known = [entry for entry in user.history if model.knows(entry.item_id)][-model.max_history :]
+    first = model.recommend(
+        event.user_id, user.history, ranked if not known else model.dense.config.candidates, exclude
+    ).item_ids
+    if event.item_id in first:
+        return first.index(event.item_id), ranked
+    score_I = model.item_ID @ model.user_vector(event.user_id, known)
+    above_I = score_I > score_I[model.index_of[event.item_id]]
+    above_I[[model.index_of[item_id] for item_id in exclude if model.knows(item_id)]] = False
+    return max(int(above_I.sum()), len(first)), ranked
 
 
 def _snapshot(learner: OnlineLearner) -> ServedModel:

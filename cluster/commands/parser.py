@@ -10,6 +10,7 @@ from typing import TypeAlias
 from cluster.config import packaged_recipes
 
 DEFAULT_RECIPE = "movielens"
+KNOWN_SOURCES = ("movielens", "movielens-1995-2016", "complete-journey")
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 
@@ -90,7 +91,7 @@ def _prepare(commands: Commands) -> _Parser:
         "--events e.parquet --items i.csv --item-columns item=sku,text=title --out data/shop",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("source", nargs="?", choices=["movielens"], help="a known source")
+    source.add_argument("source", nargs="?", choices=KNOWN_SOURCES, help="a known source")
     source.add_argument("--events", metavar="FILE", help="your interactions, CSV or Parquet")
     parser.add_argument("--columns", metavar="A=B,…", type=_mapping, default={}, help="user, item, time, kind, value")
     parser.add_argument("--items", metavar="FILE", help="your items, CSV or Parquet")

@@ -82,6 +82,9 @@ class OnlineConfig:
     """Of AdamW on the dense weights."""
     table_rate: float = 2.0
     """Learning rate of the tables as a share of their batch rate."""
+    user_rate: float = 0.2
+    """By how much, about, an interaction raises its item's score for its user alone, in the user's own row; 0 leaves
+    that row to the tables' rate. Far above it a row follows a session so closely that it misleads an hour later."""
     clip_norm: float = 1.0
     batch_targets: int = 4096
     """Targets of a batch-training step: to the tables' Adagrad an event weighs what it weighed there."""
@@ -136,6 +139,8 @@ class OnlineConfig:
             raise ConfigError(f"online.delta_threshold={self.delta_threshold}: must be in [0, 1)")
         if self.rehearsal_sequences < 0:
             raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
+        if not 0 <= self.user_rate <= 2:
+            raise ConfigError(f"online.user_rate={self.user_rate}: must be from 0 to 2")
 
 
 class OnlineLearner:
@@ -452,6 +457,8 @@ class OnlineLearner:
 
     def _train(self, sequences: Sequences) -> None:
         """Take one step on the new interactions, with some of the version's own history again."""
+        if self.config.user_rate:
+            self.live.learn_users(sequences, self.config.user_rate)
         if self.config.rehearsal_sequences and len(self._rehearsed):
             targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
             windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)

@@ -28,6 +28,7 @@ from training.models.version import (
 )
 from training.online.predictions import Predictions, predict
 from training.online.sent import SentRows
+from training.online.user_rows import learn_user_rows
 from training.step import Optimizers, StepConfig, train_step
 
 
@@ -143,6 +144,10 @@ class LiveModel:
         self._touched_items.update(batch.item_rows_N.tolist())
         self._touched_users.update(batch.user_row_B[batch.has_user_B].tolist())
         return losses
+
+    def learn_users(self, sequences: Sequences, rate: float) -> None:
+        """Let the users' own rows follow their interactions; call `learn` with the same ones after it."""
+        learn_user_rows(self.dense.eval(), self._rows, self._known_text(), sequences, rate)
 
     def predict(self, sequences: Sequences) -> Predictions:
         """Predict each target with the present weights."""

@@ -39,25 +39,35 @@ def predict(
     dense: TwoStage, rows: Mapping[str, torch.Tensor], text_IE: torch.Tensor, sequences: Sequences
 ) -> Predictions:
     """Predict every target of the sequences among the items that have a text vector."""
-    device = text_IE.device
-    item_ID = dense.item_vectors(rows[ITEM][: len(text_IE)], text_IE)
-    present_BL = torch.from_numpy(sequences.item_row_BL >= 0).to(device)
-    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
-    user_row_BD = rows[USER][user_row_B.clamp(min=0)] * (user_row_B >= 0).unsqueeze(1)
-    user_BLD = dense.user_vectors(
-        item_ID[torch.from_numpy(sequences.item_row_BL).to(device).clamp(min=0)],
-        torch.from_numpy(sequences.kind_BL).to(device),
-        torch.from_numpy(sequences.value_BL).to(device),
-        torch.from_numpy(sequences.ts_BL).to(device),
-        present_BL,
-        user_row_BD,
-    )
-    target_BL = torch.from_numpy(sequences.target_row_BL).to(device)
-    learned_BL = target_BL >= 0
-    log_p_PI = (user_BLD[learned_BL] @ item_ID.T).log_softmax(1)
-    log_p_P1 = log_p_PI.gather(1, target_BL[learned_BL].unsqueeze(1))
+    item_ID = catalogue_vectors(dense, rows, text_IE)
+    has_target_BL = sequences.target_row_BL >= 0
+    user_row_P = torch.from_numpy(sequences.user_row_B).to(item_ID.device)[np.nonzero(has_target_BL)[0]]
+    user_row_PD = rows[USER][user_row_P.clamp(min=0)] * (user_row_P >= 0).unsqueeze(1)
+    user_PD = history_vectors(dense, item_ID, sequences) + user_row_PD
+    target_P1 = torch.from_numpy(sequences.target_row_BL[has_target_BL]).to(item_ID.device).unsqueeze(1)
+    log_p_PI = (user_PD @ item_ID.T).log_softmax(1)
+    log_p_P1 = log_p_PI.gather(1, target_P1)
     return Predictions(
         loss_P=-log_p_P1.squeeze(1).cpu().numpy(),
         rank_P=(log_p_PI >= log_p_P1).sum(1).cpu().numpy(),
         confidence_P=log_p_PI.amax(1).exp().cpu().numpy(),
     )
+
+
+def catalogue_vectors(dense: TwoStage, rows: Mapping[str, torch.Tensor], text_IE: torch.Tensor) -> torch.Tensor:
+    """Return the vectors of the items that have a text vector, [I, D]."""
+    return dense.item_vectors(rows[ITEM][: len(text_IE)], text_IE)
+
+
+def history_vectors(dense: TwoStage, item_ID: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Return what the history before each target makes of its user, the user's own row left out, [P, D]."""
+    device = item_ID.device
+    user_BLD = dense.user_vectors(
+        item_ID[torch.from_numpy(sequences.item_row_BL).to(device).clamp(min=0)],
+        torch.from_numpy(sequences.kind_BL).to(device),
+        torch.from_numpy(sequences.value_BL).to(device),
+        torch.from_numpy(sequences.ts_BL).to(device),
+        torch.from_numpy(sequences.item_row_BL >= 0).to(device),
+        item_ID.new_zeros(len(sequences.user_row_B), item_ID.shape[1]),
+    )
+    return user_BLD[torch.from_numpy(sequences.target_row_BL >= 0).to(device)]

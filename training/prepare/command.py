@@ -12,6 +12,14 @@ from cluster.dataset import Dataset
 from cluster.errors import ConfigError
 from training.prepare.columns import prepare_columns
 from training.prepare.movielens import prepare_movielens
+from training.prepare.packaged import prepare_complete_journey, prepare_movielens_years
+
+SOURCES = {
+    "movielens": prepare_movielens,
+    "movielens-1995-2016": prepare_movielens_years,
+    "complete-journey": prepare_complete_journey,
+}
+"""Known sources by the name that the command line gives them."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
@@ -21,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     name = args.source or Path(args.events).name.split(".")[0]
     out = Path(args.out) if args.out else args.home.datasets / name
     if args.source is not None:
-        return describe(prepare_movielens(out))
+        return describe(SOURCES[args.source](out))
     return describe(
         prepare_columns(
             Path(args.events),

@@ -108,6 +108,13 @@ def item_text(title: str, year: int | None, genres: Sequence[str], film: Film | 
     return "".join(f"{sentence}. " for sentence in sentences).rstrip()
 
 
+def parse_title(title_and_year: str) -> tuple[str, int | None]:
+    """Part 'Title (1995)' into title and year; no year where none is stated."""
+    text = " ".join(title_and_year.split())
+    match = _TITLE_YEAR.match(text)
+    return (match["title"], int(match["year"])) if match else (text, None)
+
+
 def _download(url: str, md5: str, timeout_s: float) -> bytes | None:
     """Fetch the archive; `None`, with a warning, when it cannot be had or is not the one expected."""
     deadline_s = time.monotonic() + DOWNLOAD_LIMIT_S
@@ -171,9 +178,7 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
 
 def _movie(item_id: str, title_and_year: str, genres: Sequence[str]) -> _Movie:
     """Read 'Title (1995)', also '… (1995) (V)' for a video; recbole spells the one film without a title 'unkonwn'."""
-    text = " ".join(title_and_year.split())
-    match = _TITLE_YEAR.match(text)
-    title, year = (match["title"], int(match["year"])) if match else (text, None)
+    title, year = parse_title(title_and_year)
     if title.split(" ")[0].lower() in _UNKNOWN_TITLES and year is None:
         title = "Unknown film"
     return _Movie(
