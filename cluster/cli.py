@@ -5,6 +5,7 @@ Knows nothing of what a command does: it names each function by import string an
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _prepare(args)
-        result = cast(Command, load_target(args.target))(args)
+        result = _load_command(args.target)(args)
         if result is not None:
             print_result(result, as_json=args.json or args.result_is_json)
             sys.stdout.flush()
@@ -49,6 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("raised here", exc_info=error)
         return error.exit_code
     return 0
+
+
+def _load_command(target: str) -> Command:
+    """Import a command's function. What an import makes stays, so it is not searched for garbage, then or later."""
+    gc.disable()
+    try:
+        return cast(Command, load_target(target))
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -300,7 +300,7 @@ class VersionReader:
 
     def table(self, name: str) -> pa.Table:
         """Return the table of `name`.parquet."""
-        return pq.read_table(pa.BufferReader(self._checked(f"{name}.parquet")))
+        return pq.ParquetFile(pa.BufferReader(self._checked(f"{name}.parquet"))).read()
 
     def count_rows(self, name: str) -> int:
         """Return how many rows `name`.parquet has, without reading them."""

@@ -50,7 +50,12 @@ class TextEncoder:
         """Raises `ConfigError` when the model's package is missing, naming it."""
         self.config = config
         self.location = locate_model(config.model)
-        self.cache_path = cache_folder / f"text-{self.fingerprint}.db" if cache_folder else None
+        self._cache_folder = cache_folder
+
+    @cached_property
+    def cache_path(self) -> Path | None:
+        """File of the cache; named by the fingerprint, for which the model's files are read."""
+        return self._cache_folder / f"text-{self.fingerprint}.db" if self._cache_folder else None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -20,8 +20,9 @@ from benchmarks.chaos.server import Server, signal_all, wait_until_dead
 
 KILLED_PARTS = ("ingress", "trainer", "encoder", "controller", "proxy", "haproxy", "raylet", "gcs", "driver", "command")
 STOPPED_PARTS = ("ingress", "trainer", "proxy")
-PRESENCE_S = 60.0
-"""How long a part may take to come back before it is an error that it has not."""
+PRESENCE_S = 240.0
+"""How long a part may take to come back before it is an error that it has not: longer than the command waits for Ray
+(`START_PATIENCE_S`) before it starts another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,8 @@ class Fault:
 
     kind: str
     at_s: float
-    """On the monotonic clock, when it was done; of a stop, when it began."""
+    """On the monotonic clock, when it was done; of a stop, when it began; of a full disk, when there was room again:
+    until then to refuse what cannot be kept is right."""
     pids: list[int]
     detail: str = ""
 
@@ -63,7 +65,7 @@ class Faults:
         return verb not in ("kill", "stop") or part == "all" or bool(self.server.part(part))
 
     def do(self, kind: str) -> Fault:
-        """Do one, and return when it was done. Raises `TimeoutError` where its part does not exist for a minute."""
+        """Do one, and return when it was done. Raises `TimeoutError` where its part does not come back."""
         verb, _, part = kind.partition(" ")
         acts: dict[str, Callable[[str], Fault]] = {
             "kill": self._kill,
@@ -113,7 +115,7 @@ class Faults:
     def _fill(self, kind: str) -> Fault:
         assert self.small_disk is not None, "else it is not among the kinds"
         filler = self.small_disk / "filler"
-        at_s = time.monotonic()
+        began_s = time.monotonic()
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
             while stream.write(bytes(1 << 20)):
                 pass
@@ -123,7 +125,8 @@ class Faults:
         filled_bytes = filler.stat().st_size
         time.sleep(self.rng.uniform(1.0, 3.0))
         filler.unlink()
-        return Fault(kind=kind, at_s=at_s, pids=[], detail=f"{filled_bytes >> 20} MiB, {time.monotonic() - at_s:.1f} s")
+        at_s = time.monotonic()
+        return Fault(kind=kind, at_s=at_s, pids=[], detail=f"{filled_bytes >> 20} MiB, {at_s - began_s:.1f} s")
 
     def _wait_for(self, part: str) -> list[psutil.Process]:
         deadline_s = time.monotonic() + PRESENCE_S

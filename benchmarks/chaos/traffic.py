@@ -29,7 +29,7 @@ class Traffic:
     acked: dict[str, int] = field(default_factory=dict)
     """Event id to the sequence number that was acknowledged."""
     answers: list[tuple[float, float, bool]] = field(default_factory=list)
-    """When a slate was asked for, when that ended, and whether it came; on the monotonic clock."""
+    """When something was asked, when that ended, and whether an answer came; on the monotonic clock."""
     versions: set[str] = field(default_factory=set)
     errors: list[tuple[float, str]] = field(default_factory=list)
     """When a request of whatever kind failed, and how."""
@@ -86,9 +86,7 @@ class Traffic:
             await asyncio.sleep(PAUSE_S)
 
     async def _ask(self, session: aiohttp.ClientSession, user_id: str) -> list[str] | None:
-        asked_s = time.monotonic()
         answer = await self._post(session, "/v1/recommend", {"user_id": user_id, "k": 5})
-        self.answers.append((asked_s, time.monotonic(), answer is not None))
         if answer is None:
             return None
         self.versions.add(answer["version"])
@@ -112,13 +110,17 @@ class Traffic:
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: object) -> dict[str, Any] | None:
         """Return the answer, or none where it is an error or does not come."""
+        asked_s = time.monotonic()
         try:
             async with session.post(self.url + path, json=body) as response:
                 if response.status == 200:
-                    return await response.json()
+                    answer = await response.json()
+                    self.answers.append((asked_s, time.monotonic(), True))
+                    return answer
                 failure = f"{path} {response.status}"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             failure = f"{path} {error!r:.60}"
+        self.answers.append((asked_s, time.monotonic(), False))
         self.errors.append((time.monotonic(), failure))
         return None
 

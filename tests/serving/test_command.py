@@ -182,3 +182,12 @@ def test_a_damaged_delta_is_said_and_what_is_whole_is_served(versions, home):
         _, messages = server.communicate(timeout=30)
     assert f"1.1 is served as far as it is whole, and learned again from there: {home.registry}" in messages
     assert f"{ref.folder}/rows.safetensors: checksum differs" in messages
+
+
+def test_a_version_is_loaded_without_pandas_whose_import_would_be_a_fifth_of_the_start(versions, home):
+    script = (
+        "import sys; from cluster.manifest import VersionRef; from cluster.registry import Registry;"
+        "from training.models.served import ServedModel;"
+        "ServedModel.load(Registry(sys.argv[1]), VersionRef(1)); sys.exit('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, home.registry]).returncode == 0
