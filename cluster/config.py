@@ -17,6 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar, cast
+from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError
 
@@ -64,14 +65,20 @@ class EngineConfig:
     """Brokers, as host:port separated by commas."""
     kafka_topic: str = "recloop-events"
     """A topic of one partition; made where it is missing."""
+    state: Literal["sqlite", "redis"] = "sqlite"
+    """Where requests find what users did: in this node's file, or in a Redis that nodes share."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Saved with every version, so without a password: that is read from RECLOOP_REDIS_PASSWORD."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("ray_address", "kafka_servers", "kafka_topic"):
+        for name in ("ray_address", "kafka_servers", "kafka_topic", "redis_url"):
             if not getattr(self, name):
                 raise ConfigError(f'engine.{name}="": must not be empty; leave it out for the default')
         if self.logical_cpus is not None and self.logical_cpus < 1:
             raise ConfigError(f"engine.logical_cpus={self.logical_cpus}: must be at least 1")
+        if urlsplit(self.redis_url).password is not None:
+            raise ConfigError("engine.redis_url: is saved with every version; set RECLOOP_REDIS_PASSWORD instead")
 
 
 @dataclass(frozen=True, slots=True)

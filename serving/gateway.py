@@ -102,6 +102,8 @@ class Gateway:
             user_id=asked.user_id, k=asked.k, arm=arm, min_seq=asked.min_seq, exclude=frozenset(asked.exclude)
         )
         found = await self._in_pool(self._recommender.recommend, query)
+        if found.state_fallback:
+            self._metrics.count_state_fallback()
         return _json(_describe_recommendation(query, found, with_text=asked.with_text))
 
     async def take_feedback(self, request: Request) -> Response:
@@ -146,12 +148,16 @@ class Gateway:
         """Say whether requests can be answered: a version is loaded and the log can be read."""
         residents = self._refresher.residents
         head_seq = await self._in_pool(self._log.head_seq)
-        problems = dict(self._refresher.problems)
-        return _json({"status": "ready", "version": residents.live.name, "head_seq": head_seq, "problems": problems})
+        about = {"version": residents.live.name, "head_seq": head_seq, "problems": self._problems()}
+        return _json({"status": "ready", **about})
 
     async def show_metrics(self) -> Response:
         """Return the answering replica's metrics for Prometheus."""
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _problems(self) -> Json:
+        state = self._log.state_problem
+        return {**self._refresher.problems, **({"state": state} if state else {})}
 
     def _store_items(self, items: Sequence[Item]) -> None:
         self._encode([item.text for item in items])  # first, and cached: an item that cannot be encoded is not stored
@@ -172,7 +178,7 @@ class Gateway:
             "arms": {name: residents.model_of(ARMS[name]).name for name in self._config.arms},
             "canary": _describe_trial(residents.trial, residents.canary),
             "previous": residents.previous.name if residents.previous else None,
-            "problems": dict(self._refresher.problems),
+            "problems": self._problems(),
             "weights_freshness_ms": self._metrics.recent_freshness(),
             "history": [
                 {"at_us": move.at_us, "version": str(move.ref), "reason": move.reason}
@@ -231,6 +237,8 @@ def _describe_recommendation(query: recommender.Query, found: recommender.Recomm
         "cold_start": found.cold_start,
         "items": items,
     }
+    if found.state_fallback:
+        answer["state_fallback"] = True
     return answer if found.reflects_min_seq is None else {**answer, "reflects_min_seq": found.reflects_min_seq}
 
 

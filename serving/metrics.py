@@ -34,6 +34,11 @@ class Metrics:
         self._events = Counter(
             "recloop_events", "Feedback events by what became of them.", ["outcome"], registry=self._registry
         )
+        self._fallbacks = Counter(
+            "recloop_state_fallbacks",
+            "Recommendations made from the node's own state because the shared one did not answer.",
+            registry=self._registry,
+        )
         self._swaps = Counter(
             "recloop_version_swaps", "Attempts to follow the promoted version.", ["outcome"], registry=self._registry
         )
@@ -56,6 +61,10 @@ class Metrics:
         """Count events that were accepted, duplicate or rejected."""
         if number:
             self._events.labels(outcome).inc(number)
+
+    def count_state_fallback(self) -> None:
+        """Count one recommendation without the shared user state."""
+        self._fallbacks.inc()
 
     def count_swap(self, outcome: str) -> None:
         """Count one attempt to follow the promoted version: swapped or refused."""

@@ -39,6 +39,8 @@ class Recommendation:
     """Last event that the weights have learned from."""
     state_seq: int
     """The user's newest event in the state used; 0 where there is none."""
+    state_fallback: bool
+    """Whether the state is what this node's own file says because the shared one did not answer."""
     reflects_min_seq: bool | None
     """Whether the state holds everything up to the query's `min_seq`; none where none was given."""
     cold_start: bool
@@ -78,7 +80,10 @@ class Recommender:
             version=model.name,
             learned_seq=model.learned_seq,
             state_seq=state.seq,
-            reflects_min_seq=None if query.min_seq is None else query.min_seq <= max(head_seq, state.seq),
+            state_fallback=state.fallback,
+            reflects_min_seq=None
+            if query.min_seq is None
+            else query.min_seq <= max(head_seq, state.seq, state.up_to_seq),
             cold_start=candidates.cold_start,
             slate=slate,
             texts=[model.text_of(item_id) for item_id in slate.item_ids],

@@ -12,7 +12,7 @@ import torch
 from fastapi import FastAPI
 
 from cluster.config import EngineConfig, Recipe
-from cluster.engine import open_log, open_registry
+from cluster.engine import open_registry, open_served_log
 from cluster.home import Home
 from cluster.log.retention import LogConfig
 from cluster.registry import Registry
@@ -78,7 +78,7 @@ class Replica:
         torch.set_num_threads(config.torch_threads)
         registry, metrics = Registry(settings.registry_uri), Metrics()
         self._pinned_version = config.pinned_version
-        self._log = open_log(settings.engine, settings.log, settings.log_path)
+        self._log = open_served_log(settings.engine, settings.log, settings.log_path)
         catalogue = LiveCatalogue(self._log, encode)
         interval_s = config.poll_interval_ms / 1e3
         self.refresher = Refresher(registry, self._log, catalogue, metrics, poll_interval_s=interval_s)

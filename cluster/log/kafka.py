@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from cluster.catalogue import Item
@@ -64,6 +64,8 @@ class _Waiter:
 class KafkaLog(EventLog):
     """A topic and this node's fold of it; every method may be called from any thread."""
 
+    _is_sole = False
+
     def __init__(self, path: str | Path, *, servers: str, topic: str, config: LogConfig | None = None) -> None:
         """Open the fold at `path` and follow `topic` at `servers` (host:port, …), which is made where it is missing.
 
@@ -92,7 +94,7 @@ class KafkaLog(EventLog):
     def append_async(self, events: Sequence[Event]) -> Future[list[Appended]]:
         """Write the events to the topic; the future resolves once the brokers have them and this node folded them."""
         values = [_event_value(event) for event in events]
-        return self._produce([event.user_id for event in events], values, [], tuple(events))
+        return self._acked(self._produce([event.user_id for event in events], values, [], tuple(events)))
 
     def put_items(self, items: Sequence[Item]) -> int:
         """Write items to the topic, replacing those of the same id; return the last one's number on this node."""
@@ -108,6 +110,15 @@ class KafkaLog(EventLog):
             thread.join()
         self._fail_waiting("the event log is closed")
         super().close()
+
+    def _lineage(self) -> str:
+        """Return the topic's name and the id by which the brokers tell it from one of that name before it."""
+        admin = AdminClient({"bootstrap.servers": self._servers}, logger=log)
+        try:
+            described = admin.describe_topics(TopicCollection([self.topic]))[self.topic].result(DELIVERY_S)
+        except KafkaException as error:
+            raise EngineError(f"{self._servers}: does not describe {self.topic!r} ({error})") from error
+        return f"kafka:{self.topic}:{described.topic_id}"
 
     def _produce(
         self, keys: Sequence[str], values: Sequence[bytes], headers: Headers, events: Sequence[Event]

@@ -66,6 +66,10 @@ class UserState:
     """Oldest first."""
     seq: int
     """The user's newest event reflected here, of any kind; 0 where there is none."""
+    up_to_seq: int = 0
+    """Everybody's events up to it are reflected, if Redis answered: other nodes may be further than this one's log."""
+    fallback: bool = False
+    """Whether the log's file answered because Redis did not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

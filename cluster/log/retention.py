@@ -36,7 +36,8 @@ class LogConfig:
     """Drop the oldest segments beyond this total; none keeps all."""
     keep_history: int | None = None
     """Of what a user did in events that are dropped, only what is among the user's newest so many interactions stays;
-    none keeps all. What does not stay may be recommended to the user again."""
+    none keeps all. What does not stay may be recommended to the user again. Redis holds so many of each user at most;
+    who has more is looked up in the log's file."""
     dedupe_events: int | None = None
     """Sealed events whose ids are still known, at about 45 bytes each; none keeps every id for ever."""
 

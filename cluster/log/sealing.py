@@ -37,6 +37,7 @@ NEVER = 2**63
 SEALED_HEAD = (
     "SELECT max(coalesce((SELECT max(last_seq) FROM segments), 0), coalesce((SELECT max(last_seq) FROM absences), 0))"
 )
+HEAD = f"SELECT max(coalesce((SELECT max(seq) FROM events), 0), ({SEALED_HEAD}))"
 READ_LIVE = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events ORDER BY seq LIMIT ?"
 NOTE_ID = "INSERT INTO sealed_ids VALUES (?, ?) ON CONFLICT (id_hash) DO NOTHING"
 NOTE_USER = "INSERT INTO sealed_users VALUES (?, ?) ON CONFLICT (user_id) DO UPDATE SET seq = max(seq, excluded.seq)"

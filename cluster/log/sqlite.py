@@ -9,15 +9,16 @@ written in the event's own transaction, so it always equals the fold of the log 
 imported past (seq <= 0). Older events are sealed to Parquet (sealing.py); reading does not show where an event is.
 """
 
+import secrets
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
@@ -30,7 +31,6 @@ from cluster.log.records import (
     EVENT_COLUMNS,
     ITEM_COLUMNS,
     Appended,
-    Interaction,
     LoggedEvent,
     Row,
     UserState,
@@ -41,11 +41,15 @@ from cluster.log.records import (
     logged_event,
 )
 from cluster.log.retention import SEGMENT_COLUMNS, LogConfig, segment_from
-from cluster.log.sealing import SEALED_HEAD, Sealer, hash_id
+from cluster.log.sealing import HEAD, Sealer, hash_id
 from cluster.log.seeds import build_seed, count_seeded, is_seeded, write_seed
 from cluster.log.segments import Segment, SegmentReader, segments_folder
+from cluster.log.state import FileStates, UserStates
 
-NO_BOUND = 2**63 - 1
+if TYPE_CHECKING:
+    from cluster.log.redis import RedisStore
+    from cluster.log.shared import SharedStates
+
 WRITER_CACHE_BYTES = 64 << 20
 READER_CACHE_BYTES = 8 << 20
 IDS_AT_ONCE = 500
@@ -58,19 +62,15 @@ INSERT_EVENT = (
 )
 READ_EVENTS = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
 FIND_SEGMENT = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE last_seq > ? ORDER BY last_seq LIMIT 1"
-HEAD = f"SELECT max(coalesce((SELECT max(seq) FROM events), 0), ({SEALED_HEAD}))"
-NEWEST_OF_USER = """
-SELECT max(
-    coalesce((SELECT max(seq) FROM events WHERE user_id = :user AND seq < :bound), 0),
-    coalesce((SELECT seq FROM sealed_users WHERE user_id = :user AND seq < :bound), 0),
-    coalesce((SELECT max(seq) FROM user_history WHERE user_id = :user AND seq < :bound), 0)
-)
-"""
+LINEAGE = "CREATE TABLE IF NOT EXISTS lineage (name TEXT NOT NULL)"
 READ_ITEMS = f"SELECT item_seq, {', '.join(ITEM_COLUMNS)} FROM items WHERE item_seq > ? ORDER BY item_seq LIMIT ?"
 
 
 class EventLog:
     """An open log; every method may be called from any thread."""
+
+    _is_sole = True
+    """Nobody appends to this log but through this file."""
 
     def __init__(self, path: str | Path, config: LogConfig | None = None) -> None:
         self.path = Path(path)
@@ -82,6 +82,9 @@ class EventLog:
         self._writer = GroupCommit(writer, str(self.path))
         self._sealer = Sealer(self.path, config or LogConfig(), self._reader, self._writer)
         self._sealer.tidy()
+        self._states: UserStates
+        self._states = self._file_states = FileStates(self._reader)
+        self._shared: SharedStates | None = None
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Write the events and return when they are durable; one whose id is known keeps its first place.
@@ -93,7 +96,7 @@ class EventLog:
     def append_async(self, events: Sequence[Event]) -> Future[list[Appended]]:
         """Do what `append` does without waiting: the future resolves when the events are durable."""
         taken = tuple(events)
-        return self._writer.submit(lambda connection: self._append(connection, taken))
+        return self._acked(self._writer.submit(lambda connection: self._append(connection, taken)))
 
     def read(self, after_seq: int, max_events: int) -> list[LoggedEvent]:
         """Return the next events after a sequence number, in order; empty at the head.
@@ -123,7 +126,7 @@ class EventLog:
 
     def head_seq(self) -> int:
         """Return the newest sequence number; 0 for an empty log."""
-        return self._rows(HEAD)[0][0]
+        return self._file_states.head_seq()
 
     def commit_offset(self, consumer: str, seq: int) -> None:
         """Remember durably how far a consumer has come."""
@@ -140,22 +143,26 @@ class EventLog:
 
         Where `before_seq` is among sealed events, the newest event is the newest interaction.
         """
-        bound = NO_BOUND if before_seq is None else before_seq
-        recent = (
-            "SELECT item_id, kind, value, ts_us, seq FROM user_history WHERE user_id = ? AND seq < ? "
-            "ORDER BY seq DESC LIMIT ?"
-        )
-        seq = self._rows(NEWEST_OF_USER, {"user": user_id, "bound": bound})[0][
-            0
-        ]  # first, so that the history holds at least up to it
-        rows = self._rows(recent, (user_id, bound, max_history))
-        return UserState(history=tuple(Interaction(*row) for row in reversed(rows)), seq=seq)
+        return self._states.user_state(user_id, max_history, before_seq)
 
     def seen_items(self, user_id: str, before_seq: int | None = None) -> frozenset[str]:
         """Return every item the user has interacted with."""
-        bound = NO_BOUND if before_seq is None else before_seq
-        rows = self._rows("SELECT item_id FROM user_history WHERE user_id = ? AND seq < ?", (user_id, bound))
-        return frozenset(item_id for (item_id,) in rows)
+        return self._states.seen_items(user_id, before_seq)
+
+    def share_state(self, open_store: "Callable[[str], RedisStore]") -> None:
+        """Keep user state in the store that is opened for this log's name, and answer from there.
+
+        Acks wait for it from now on. Raises `EngineError` where it does not answer.
+        """
+        from cluster.log.shared import SharedStates  # needs Redis's client
+
+        store = open_store(self._lineage())
+        self._states = self._shared = SharedStates(self._file_states, self.read, store, sole=self._is_sole)
+
+    @property
+    def state_problem(self) -> str | None:
+        """Return why user state is answered from this file though it is shared."""
+        return self._shared.problem if self._shared is not None else None
 
     def is_seeded(self, kind: str, source: str) -> bool:
         """Whether past interactions of a kind are imported and come from this source."""
@@ -196,6 +203,8 @@ class EventLog:
         """Finish what is queued and close the file; further appends raise `EngineError`."""
         self._sealer.close()
         self._writer.close()
+        if self._shared is not None:
+            self._shared.close()
         while self._readers:
             self._readers.pop().close()
         self._use.close()
@@ -207,6 +216,21 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _lineage(self) -> str:
+        """Return what tells this log from every other one; a repaired log is another one."""
+
+        def name(connection: sqlite3.Connection) -> str:
+            connection.execute(LINEAGE)
+            if (found := connection.execute("SELECT name FROM lineage").fetchone()) is None:
+                found = (f"sqlite:{secrets.token_hex(8)}",)
+                connection.execute("INSERT INTO lineage VALUES (?)", found)
+            return found[0]
+
+        return self._writer.submit(name).result()
+
+    def _acked(self, written: Future[list[Appended]]) -> Future[list[Appended]]:
+        return written if self._shared is None else self._shared.acked(written)
 
     def _append(self, connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
         appended = _append(connection, events)

