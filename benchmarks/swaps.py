@@ -16,11 +16,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import torch
 
 from benchmarks.harness import build_check, build_parser, interleave, percentiles, print_result
 from cluster.config import EngineConfig, load_recipe
@@ -29,11 +30,12 @@ from cluster.manifest import VersionRef
 from cluster.ray_session import find_free_port, ray_session
 from cluster.registry import Registry
 from serving.app import running_app
-from training.models.version import read_version, write_version
+from training.models.version import ITEM_ROWS, USER_ROWS, read_version, write_version
 
 VERSIONS = 3
 SWAPS = 200
 PATIENCE_S = 30.0
+WEIGHT_NOISE = 1e-3
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ def main() -> None:
             shutil.copytree(args.home / name, Path(scratch) / name)
         home = Home(Path(scratch)).ensure()
         registry = Registry(home.registry)
-        refs = _publish_copies(registry)
+        refs = _publish_relatives(registry)
         engine = recipe.section(EngineConfig)
         seconds = [5.0]
         with (
@@ -100,13 +102,18 @@ def main() -> None:
     print_result(results=results, config={"connections": args.connections, "quick": args.quick}, checks=checks)
 
 
-def _publish_copies(registry: Registry) -> list[VersionRef]:
+def _publish_relatives(registry: Registry) -> list[VersionRef]:
+    """Publish the version twice more with other weights, as training again on the same catalogue would."""
     first = registry.current()
     state, history = read_version(registry, first, with_optimizer=True), registry.open_version(1).table("history")
+    generator = torch.Generator().manual_seed(0)
+    moved = lambda tensor: tensor + WEIGHT_NOISE * torch.randn(tensor.shape, generator=generator)  # noqa: E731
     refs = [first]
     for _ in range(VERSIONS - 1):
+        rows = {**state.rows, **{name: moved(state.rows[name]) for name in (ITEM_ROWS, USER_ROWS)}}
+        dense = {name: moved(tensor) for name, tensor in state.dense.items()}
         draft = registry.draft_version()
-        write_version(draft, state, history)
+        write_version(draft, replace(state, rows=rows, dense=dense), history)
         refs.append(draft.publish(offset=0, metrics={}, promote=False))
     return refs
 

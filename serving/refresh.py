@@ -122,11 +122,11 @@ class Refresher:
         with self._writing:
             self._timed_seq = self._log.head_seq()
             self._catalogue.poll()
-            live = self._load_base(self._registry.current().version)
+            live = self._load(VersionRef(self._registry.current().version), None)
             pinned = None
             if pinned_version is not None:
                 same = VersionRef.parse(live.name).version == pinned_version
-                pinned = live if same else self._load_base(pinned_version)
+                pinned = live if same else self._load(VersionRef(pinned_version), live)
             unavailable = self._catalogue.unavailable(_now_us())
             self._residents = Residents(live=live, pinned=pinned, unavailable=unavailable)
             self._metrics.set_learned_seq(live.learned_seq)
@@ -218,7 +218,7 @@ class Refresher:
         if trial is None:
             return
         try:
-            model = self._catalogue.lay_over(ServedModel.load(self._registry, trial.ref))
+            model = self._load(trial.ref, before.live)
             _warm_up(model)
         except Exception as error:  # what cannot answer, for whatever reason, is not served
             reason = f"{trial.ref} is on trial but served to nobody: {error}"
@@ -235,7 +235,8 @@ class Refresher:
         model, ref = residents.live, VersionRef.parse(residents.live.name)
         try:
             if ref.version != target.version or ref.delta > target.delta:
-                model, ref = self._load_base(target.version), VersionRef(target.version)
+                ref = VersionRef(target.version)
+                model = self._load(ref, model)
             state, failure = self._apply_deltas(model.state, ref, target)
             return (model if state is model.state else model.with_state(state)), failure
         except Exception as error:  # what cannot be loaded, for whatever reason, is not served
@@ -256,8 +257,8 @@ class Refresher:
             return state, error
         return state, None
 
-    def _load_base(self, version: int) -> ServedModel:
-        return self._catalogue.lay_over(ServedModel.load(self._registry, VersionRef(version)))
+    def _load(self, ref: VersionRef, resident: ServedModel | None) -> ServedModel:
+        return self._catalogue.lay_over(ServedModel.load(self._registry, ref, resident))
 
     def _swap(self, after: ServedModel) -> None:
         before = self.residents

@@ -3,7 +3,7 @@
 In:  a user's history and a number.  Out: candidates, retrieved and ranked; neighbours of an item.
 Knows nothing of HTTP, logs or policies. Immutable: a delta or a new item makes another one, and whoever serves swaps
 one reference. Tables are plain tensors here: TorchRec is not needed to answer. Answers are the same to the bit in every
-process that runs torch on as many threads.
+process that runs torch on as many threads, whatever was shared with the model before.
 
 A user without history in the catalogue is shown what is popular. An item put after training has no row yet and is
 placed by its text alone.
@@ -11,11 +11,15 @@ placed by its text alone.
 Shapes: I items, D dimension, E encoder dimension, L history length, K candidates.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from cluster.events import KIND_INDEX
 from cluster.log import Interaction
@@ -34,6 +38,8 @@ from training.models.version import (
     read_version,
 )
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
@@ -46,44 +52,52 @@ class Candidates:
     """Whether nothing the user did could be used."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, which leave no room for what is computed when it is asked for
 class ServedModel:
     """One version's answers. Build it with `load`, `with_delta` and `with_items`."""
 
     state: VersionState
     dense: TwoStage
     put: Mapping[str, tuple[str, np.ndarray]]
-    """Items put since: id to text and encoder vector; those without a row come last, in this order."""
+    """Items put that the version does not hold so: id to text and encoder vector; those without a row come last, in
+    this order."""
     item_ids: list[str]
     index_of: dict[str, int]
+    item_row: dict[str, int]
+    """`index_of` less what was put."""
     item_ID: torch.Tensor
-    unit_ID: torch.Tensor
-    """Item vectors of length 1, for neighbours."""
     popularity_I: np.ndarray
     user_row: dict[str, int]
 
     @classmethod
-    def load(cls, registry: Registry, ref: VersionRef) -> "ServedModel":
-        """Read and verify a version with its deltas. Raises `CorruptVersionError` or `RegistryError`."""
-        return cls.build(read_version(registry, ref), {})
+    def load(cls, registry: Registry, ref: VersionRef, resident: "ServedModel | None" = None) -> "ServedModel":
+        """Read and verify a version with its deltas. Raises `CorruptVersionError` or `RegistryError`.
+
+        What the `resident` model has of the same content is shared with it, and neither read nor built again.
+        """
+        return cls.build(read_version(registry, ref, resident=resident.state if resident else None), {}, resident)
 
     @classmethod
-    def build(cls, state: VersionState, put: Mapping[str, tuple[str, np.ndarray]]) -> "ServedModel":
-        """Compute what answering needs from a version's tensors and the items put since."""
-        row_of = {item_id: row for row, item_id in enumerate(state.item_ids)}
-        new_ids = [item_id for item_id in put if item_id not in row_of]
-        item_ids = [*state.item_ids, *new_ids]
-        index_of = row_of | {item_id: len(row_of) + position for position, item_id in enumerate(new_ids)}
-        row_ID, text_IE, count_I = (
-            grow_rows(state.rows[name], len(item_ids)) for name in (ITEM_ROWS, TEXT_ROWS, COUNT_ROWS)
-        )
+    def build(
+        cls,
+        state: VersionState,
+        put: Mapping[str, tuple[str, np.ndarray]],
+        resident: "ServedModel | None" = None,
+    ) -> "ServedModel":
+        """Compute what answering needs from a version's tensors and the items put since, as far as nobody has yet."""
+        item_row = _index(state.item_ids, resident and (resident.state.item_ids, resident.item_row))
+        put = {item_id: item for item_id, item in put.items() if not _is_held(state, item_row.get(item_id), *item)}
+        new_ids = [item_id for item_id in put if item_id not in item_row]
+        item_ids, index_of = state.item_ids, item_row
+        if new_ids:
+            item_ids = [*item_ids, *new_ids]
+            index_of = item_row | {item_id: len(item_row) + position for position, item_id in enumerate(new_ids)}
+        row_ID, text_IE, count_I = (state.rows[name] for name in (ITEM_ROWS, TEXT_ROWS, COUNT_ROWS))
+        if put:
+            row_ID, text_IE, count_I = (grow_rows(rows, len(item_ids)) for rows in (row_ID, text_IE, count_I))
         for item_id, (_, vector) in put.items():
             text_IE[index_of[item_id]] = torch.tensor(vector)
-        dense = TwoStage(
-            state.recipe.section(ModelConfig), state.recipe.section(TablesConfig).dim, text_dim=text_IE.shape[1]
-        )
-        dense.load_state_dict(dict(state.dense))
-        dense.eval().requires_grad_(requires_grad=False)
+        dense = _build_dense(state, resident)
         with torch.inference_mode():
             item_ID = dense.item_vectors(row_ID, text_IE)
         return cls(
@@ -92,10 +106,10 @@ class ServedModel:
             put=put,
             item_ids=item_ids,
             index_of=index_of,
+            item_row=item_row,
             item_ID=item_ID,
-            unit_ID=torch.nn.functional.normalize(item_ID, dim=1),
             popularity_I=log_popularity(count_I),
-            user_row={user_id: row for row, user_id in enumerate(state.user_ids)},
+            user_row=_index(state.user_ids, resident and (resident.state.user_ids, resident.user_row)),
         )
 
     def with_delta(self, reader: VersionReader) -> "ServedModel":
@@ -104,12 +118,12 @@ class ServedModel:
 
     def with_state(self, state: VersionState) -> "ServedModel":
         """Return the model of this version in another state, such as after many deltas; items put since stay."""
-        return ServedModel.build(state, self.put)
+        return ServedModel.build(state, self.put, self)
 
     def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedModel":
         """Return the model with these (id, text) items recommendable, or read anew where it knows them."""
         new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
-        return ServedModel.build(self.state, {**self.put, **new})
+        return ServedModel.build(self.state, {**self.put, **new}, self)
 
     @property
     def name(self) -> str:
@@ -130,6 +144,11 @@ class ServedModel:
     def item_count(self) -> int:
         """Items it can recommend."""
         return len(self.item_ids)
+
+    @cached_property
+    def unit_vectors(self) -> torch.Tensor:
+        """Item vectors [I, D] of length 1, computed when neighbours are first asked for."""
+        return torch.nn.functional.normalize(self.item_ID, dim=1)
 
     def knows(self, item_id: str) -> bool:
         """Whether the item can be recommended."""
@@ -182,10 +201,60 @@ class ServedModel:
     def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         """Return the `k` nearest items by cosine, best first. Raises `KeyError` for an unknown item."""
         index = self.index_of[item_id]
-        cosine_I = (self.unit_ID @ self.unit_ID[index]).numpy().copy()
+        cosine_I = (self.unit_vectors @ self.unit_vectors[index]).numpy().copy()
         cosine_I[index] = -np.inf
         best = np.argsort(-cosine_I, kind="stable")[: min(k, len(self.item_ids) - 1)]
         return [(self.item_ids[i], float(cosine_I[i])) for i in best]
 
     def _candidates(self, indices: np.ndarray, scores_I: np.ndarray, *, cold_start: bool) -> Candidates:
         return Candidates(item_ids=[self.item_ids[i] for i in indices], scores=scores_I[indices], cold_start=cold_start)
+
+
+def _index(ids: list[str], resident: tuple[list[str], dict[str, int]] | None) -> dict[str, int]:
+    """Return each id's place in the list; of a resident list and its index, that index with what differs made good."""
+    if resident is None or len(ids) < len(resident[0]):
+        return {item_id: place for place, item_id in enumerate(ids)}
+    before, index = resident
+    if ids == before:
+        return index
+    changed = [place for place, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other]
+    index = index.copy()
+    for place in changed:
+        del index[before[place]]
+    for place in (*changed, *range(len(before), len(ids))):
+        index[ids[place]] = place
+    return index
+
+
+def _is_held(state: VersionState, row: int | None, text: str, vector: np.ndarray) -> bool:
+    """Whether the version has learned of an item all that was put."""
+    if row is None or state.item_texts[row] != text:
+        return False
+    return np.array_equal(state.rows[TEXT_ROWS][row].numpy(), vector)
+
+
+def _build_dense(state: VersionState, resident: ServedModel | None) -> TwoStage:
+    config = state.recipe.section(ModelConfig)
+    if resident is not None and config == resident.dense.config:
+        if state.dense is resident.state.dense:
+            return resident.dense
+        shapes = {name: parameter.shape for name, parameter in resident.dense.named_parameters()}
+        if shapes == {name: tensor.shape for name, tensor in state.dense.items()}:
+            return _with_weights(resident.dense, state.dense)
+    dense = TwoStage(config, state.recipe.section(TablesConfig).dim, text_dim=state.rows[TEXT_ROWS].shape[1])
+    dense.load_state_dict(dict(state.dense))
+    return dense.eval().requires_grad_(requires_grad=False)
+
+
+def _with_weights(module: Module, weights: Mapping[str, torch.Tensor], prefix: str = "") -> Module:
+    """Return the module with other weights; building one anew takes seven times as long, most of it random numbers."""
+    other = copy.copy(module)
+    other._parameters = {
+        name: parameter if parameter is None else nn.Parameter(weights[prefix + name], requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }
+    other._modules = {
+        name: child if child is None else _with_weights(child, weights, f"{prefix}{name}.")
+        for name, child in module._modules.items()
+    }
+    return other

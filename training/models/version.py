@@ -3,18 +3,19 @@
 In:  a registry and a `VersionRef`.  Out: a `VersionState`: whole tensors, vocabularies, recipe, learned offset.
 Knows nothing of how it was learned or how it is served.
 
-    rows.safetensors       item [I, D] · user [U, D] · text [I, E] · count [I]   one row an id, in vocabulary order
+    rows.safetensors       item [I, D] · user [U, D] · count [I]   one row an id, in vocabulary order
+    text.safetensors       text [I, E], apart: it is large, and the next version's is mostly the same
     dense.safetensors      the two-stage model's parameters
     optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments
     items.parquet          item_id, text         users.parquet   user_id
     history.parquet        the interactions it was trained on, EVENT_SCHEMA, for user state and rehearsal
     recipe.toml            the resolved recipe
 
-A delta has the same files less history and recipe; its row tensors come in pairs, NAME.index and NAME.value, its
-items and users are those that are new and follow the ones before. A user with a `row` takes over that row instead.
-Rows may be rounded (`online.delta_rows`) or sent only once they have changed enough (`online.delta_threshold`): then
-optimizer.safetensors, which replicas do not read, has the trainer's own as exact.NAME. With NAME.scale, int8 values are
-steps of change to the row before.
+A delta has the same files less text, history and recipe; its row tensors, text too, come in pairs, NAME.index and
+NAME.value, its items and users are those that are new and follow the ones before. A user with a `row` takes over that
+row instead. Rows may be rounded (`online.delta_rows`) or sent only once they have changed enough
+(`online.delta_threshold`): then optimizer.safetensors, which replicas do not read, has the trainer's own as exact.NAME.
+With NAME.scale, int8 values are steps of change to the row before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,12 @@ ROOT = "trained_version"
 EVENTS, SET_ASIDE = "events_total", "set_aside_total"
 """Metrics of all that the online trainer publishes: events applied so far, and how many of these the guard or a
 rollback has undone."""
+ITEMS_FILE, USERS_FILE, RECIPE_FILE = "items.parquet", "users.parquet", "recipe.toml"
+TEXT_FILE, DENSE_FILE = "text.safetensors", "dense.safetensors"
+SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE))
+"""What a version may share with the one before it in memory."""
+TEXTS_AT_ONCE = 4_096
+"""Texts made with the interpreter's lock held; requests go on in between."""
 ROW_TENSORS = (ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS)
 
 
@@ -58,6 +65,8 @@ class VersionState:
     """Empty where it was not asked for."""
     exact: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Item and user rows as the trainer has them, where `rows` are rounded; empty without the optimiser."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """File name to checksum, of the files whose content is here as it was read: no delta has changed it since."""
 
     @property
     def trained_rows(self) -> Mapping[str, torch.Tensor]:
@@ -100,7 +109,8 @@ class Draft(Protocol):
 
 def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
     """Write all files of a version into a draft."""
-    draft.add_tensors("rows", state.trained_rows)
+    draft.add_tensors("rows", {name: rows for name, rows in state.trained_rows.items() if name != TEXT_ROWS})
+    draft.add_tensors("text", {TEXT_ROWS: state.rows[TEXT_ROWS]})
     draft.add_tensors("dense", state.dense)
     draft.add_tensors("optimizer", state.optimizer)
     draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
@@ -120,20 +130,38 @@ def write_delta(draft: Draft, change: Change) -> None:
     draft.add_table("users", _users_table(change))
 
 
-def read_version(registry: Registry, ref: VersionRef, *, with_optimizer: bool = False) -> VersionState:
-    """Return the version with its deltas up to `ref`. Raises `CorruptVersionError` or `RegistryError`."""
+def read_version(
+    registry: Registry, ref: VersionRef, *, with_optimizer: bool = False, resident: VersionState | None = None
+) -> VersionState:
+    """Return the version with its deltas up to `ref`; what `resident` has read of the same checksum is shared with it.
+
+    Raises `CorruptVersionError` or `RegistryError`.
+    """
     reader = registry.open_version(ref.version)
-    items = reader.table("items")
+    if (held := _holder(resident, reader, ITEMS_FILE)) is not None:
+        item_ids, item_texts = held.item_ids, held.item_texts
+    else:
+        item_ids, item_texts = _read_items(reader)
+    held = _holder(resident, reader, USERS_FILE)
+    user_ids = held.user_ids if held else _texts(reader.table("users")["user_id"])
+    held = _holder(resident, reader, RECIPE_FILE)
+    recipe = held.recipe if held else Recipe.from_resolved(reader.text(RECIPE_FILE))
+    rows = reader.tensors("rows")
+    if TEXT_FILE in reader.manifest.files:  # else it is among the rows: a version from before text had its own file
+        held = _holder(resident, reader, TEXT_FILE)
+        rows[TEXT_ROWS] = held.rows[TEXT_ROWS] if held else reader.tensors("text")[TEXT_ROWS]
+    held = _holder(resident, reader, DENSE_FILE)
     state = VersionState(
         ref=VersionRef(ref.version),
-        recipe=Recipe.from_resolved(reader.text("recipe.toml")),
+        recipe=recipe,
         learned_seq=reader.manifest.last_seq,
-        item_ids=items["item_id"].to_pylist(),
-        item_texts=items["text"].to_pylist(),
-        user_ids=reader.table("users")["user_id"].to_pylist(),
-        rows=reader.tensors("rows"),
-        dense=reader.tensors("dense"),
+        item_ids=item_ids,
+        item_texts=item_texts,
+        user_ids=user_ids,
+        rows=rows,
+        dense=held.dense if held else reader.tensors("dense"),
         optimizer=reader.tensors("optimizer") if with_optimizer else {},
+        sources={name: entry.sha256 for name, entry in reader.manifest.files.items() if name in SHARED_FILES},
     )
     for number in range(1, ref.delta + 1):
         state = apply_delta(state, registry.open_delta(ref.version, number))
@@ -141,15 +169,29 @@ def read_version(registry: Registry, ref: VersionRef, *, with_optimizer: bool = 
 
 
 def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
-    """Return the state after a delta; the state before stays as it is."""
-    items = reader.table("items")
-    user_ids = list(state.user_ids)
-    for user in reader.table("users").to_pylist():
+    """Return the state after a delta; the state before stays as it is, and what the delta leaves alone is shared."""
+    sources = dict(state.sources)
+    item_ids, item_texts = _read_items(reader)
+    if item_ids:
+        item_ids, item_texts = [*state.item_ids, *item_ids], [*state.item_texts, *item_texts]
+        sources.pop(ITEMS_FILE, None)
+    else:
+        item_ids, item_texts = state.item_ids, state.item_texts
+    user_ids, users = state.user_ids, reader.table("users").to_pylist()
+    if users:
+        user_ids = list(user_ids)
+        sources.pop(USERS_FILE, None)
+    for user in users:
         if user.get("row") is None:
             user_ids.append(user["user_id"])
         else:
             user_ids[user["row"]] = user["user_id"]
-    dense, sent = reader.tensors("dense"), reader.tensors("rows")
+    held, sent = _holder(state, reader, DENSE_FILE), reader.tensors("rows")
+    dense = held.dense if held else reader.tensors("dense")
+    sources[DENSE_FILE] = reader.manifest.files[DENSE_FILE].sha256
+    rows = _apply_pairs(state.rows, sent)
+    if rows[TEXT_ROWS] is not state.rows[TEXT_ROWS]:
+        sources.pop(TEXT_FILE, None)
     optimizer: Mapping[str, torch.Tensor] = {}
     exact = state.exact
     if state.optimizer:
@@ -164,13 +206,14 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
         state,
         ref=reader.manifest.ref,
         learned_seq=reader.manifest.last_seq,
-        item_ids=[*state.item_ids, *items["item_id"].to_pylist()],
-        item_texts=[*state.item_texts, *items["text"].to_pylist()],
+        item_ids=item_ids,
+        item_texts=item_texts,
         user_ids=user_ids,
-        rows=_apply_pairs(state.rows, sent),
+        rows=rows,
         dense=dense,
         optimizer=optimizer,
         exact=exact,
+        sources=sources,
     )
 
 
@@ -212,6 +255,26 @@ def grow_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
     grown = rows.new_zeros((size, *rows.shape[1:]))
     grown[: rows.shape[0]] = rows
     return grown
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    """Return a column's texts, a few thousand at a time: the interpreter's lock is not held for a whole catalogue."""
+    texts: list[str] = []
+    for start in range(0, len(column), TEXTS_AT_ONCE):
+        texts += column.slice(start, TEXTS_AT_ONCE).to_numpy().tolist()
+    return texts
+
+
+def _holder(resident: VersionState | None, reader: VersionReader, file_name: str) -> VersionState | None:
+    """Return the resident state if it has the content of this file."""
+    entry = reader.manifest.files.get(file_name)
+    same = resident is not None and entry is not None and resident.sources.get(file_name) == entry.sha256
+    return resident if same else None
+
+
+def _read_items(reader: VersionReader) -> tuple[list[str], list[str]]:
+    items = reader.table("items")
+    return _texts(items["item_id"]), _texts(items["text"])
 
 
 def _users_table(change: Change) -> pa.Table:
