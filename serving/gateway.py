@@ -7,6 +7,7 @@ run in two small pools, so that a slow new item does not hold up recommendations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from serving.catalogue import Encode
 from serving.config import ServeConfig
 from serving.experiments import ARMS
 from serving.feedback import Receipt, parse_all, take_feedback
+from serving.freshness import time_state
 from serving.metrics import Metrics, RequestTimer
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import ProblemError, add_problem_handlers, problem_response
@@ -38,6 +40,8 @@ Json = dict[str, Any]  # Any: whatever JSON holds
 
 HISTORY_SHOWN = 20
 """Newest moves of the pointer that `GET /v1/versions` lists."""
+STATE_LOOK_S = 0.01
+"""Least time between two looks whether requests see an event that was taken in."""
 
 
 class Gateway:
@@ -61,6 +65,7 @@ class Gateway:
         self._recommender = recommender
         self._encode = encode
         self._metrics = metrics
+        self._next_look_s = 0.0
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="request")
         self._item_pool = ThreadPoolExecutor(1, thread_name_prefix="items")
 
@@ -112,6 +117,7 @@ class Gateway:
         self._metrics.count_events("accepted", receipt.accepted)
         self._metrics.count_events("duplicate", receipt.duplicates)
         self._metrics.count_events("rejected", len(receipt.rejected))
+        self._time_state(receipt)
         return _json(_describe_receipt(receipt), HTTPStatus.OK if receipt.appended else HTTPStatus.UNPROCESSABLE_ENTITY)
 
     async def put_items(self, request: Request) -> Response:
@@ -134,7 +140,8 @@ class Gateway:
         found = await self._in_pool(model.similar, item_id, k + len(unavailable))
         shown = [(near_id, score) for near_id, score in found if near_id not in unavailable][:k]
         neighbours = [{"item_id": near_id, "score": float(score)} for near_id, score in shown]
-        return _json({"item_id": item_id, "version": model.name, "items": neighbours})
+        found_in = {"version": model.name, "learned_seq": model.learned_seq}
+        return _json({"item_id": item_id, **found_in, "items": neighbours})
 
     async def list_versions(self) -> Response:
         """Say what answers each arm, what is promoted and what it knew beforehand, and how fresh the weights are."""
@@ -179,12 +186,20 @@ class Gateway:
             "canary": _describe_trial(residents.trial, residents.canary),
             "previous": residents.previous.name if residents.previous else None,
             "problems": self._problems(),
-            "weights_freshness_ms": self._metrics.recent_freshness(),
+            "weights_freshness_ms": self._metrics.recent_freshness("weights"),
+            "freshness_ms": {name: self._metrics.recent_freshness(name) for name in ("state", "row", "dense")},
             "history": [
                 {"at_us": move.at_us, "version": str(move.ref), "reason": move.reason}
                 for move in self._registry.history()[-HISTORY_SHOWN:]
             ],
         }
+
+    def _time_state(self, receipt: Receipt) -> None:
+        """Have one of a request's new events looked for as the next request would, but not at any rate."""
+        new = [entry.seq for entry in receipt.appended if not entry.duplicate]
+        if new and time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + STATE_LOOK_S
+            self._pool.submit(time_state, self._log, self._metrics, new[-1])
 
     async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

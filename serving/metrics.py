@@ -14,9 +14,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
-FRESHNESS_BUCKETS_S = (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
+FRESHNESS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
 RECENT_EVENTS = 10_000
 """Newest events whose freshness is kept for exact percentiles."""
+FRESHNESS = {
+    "state": "requests see it in its user's state (of what this replica took in, at most 100 events a second)",
+    "weights": "weights that have learned, or passed over, all up to it answer requests",
+    "row": "the row of its item that has learned from it answers requests",
+    "dense": "dense weights that have learned from it answer requests",
+}
+"""Name of each histogram to what it is the time until, from an event's ack."""
 
 
 class Metrics:
@@ -45,13 +52,16 @@ class Metrics:
         self._learned_seq = Gauge(
             "recloop_learned_seq", "Last event that the weights have learned from.", registry=self._registry
         )
-        self._freshness_s = Histogram(
-            "recloop_weights_freshness_seconds",
-            "Time from an event's ack until weights that learned from it answer requests.",
-            buckets=FRESHNESS_BUCKETS_S,
-            registry=self._registry,
-        )
-        self._recent_freshness_us: deque[int] = deque(maxlen=RECENT_EVENTS)
+        self._freshness_s = {
+            name: Histogram(
+                f"recloop_{name}_freshness_seconds",
+                f"Time from an event's ack until {reflected}.",
+                buckets=FRESHNESS_BUCKETS_S,
+                registry=self._registry,
+            )
+            for name, reflected in FRESHNESS.items()
+        }
+        self._recent_freshness_us = {name: deque[int](maxlen=RECENT_EVENTS) for name in FRESHNESS}
 
     def observe_request(self, route: str, status: int, seconds: float) -> None:
         """Count one answer."""
@@ -74,15 +84,15 @@ class Metrics:
         """Note the last event that the weights served have learned from."""
         self._learned_seq.set(seq)
 
-    def observe_freshness(self, acked_us: Iterable[int], now_us: int) -> None:
-        """Count events that have just become part of the weights served."""
+    def observe_freshness(self, name: str, acked_us: Iterable[int], now_us: int) -> None:
+        """Count events that are reflected since just now, in one of `FRESHNESS`."""
         for acked in acked_us:
-            self._freshness_s.observe((now_us - acked) / 1e6)
-            self._recent_freshness_us.append(now_us - acked)
+            self._freshness_s[name].observe((now_us - acked) / 1e6)
+            self._recent_freshness_us[name].append(now_us - acked)
 
-    def recent_freshness(self) -> dict[str, float | int | None]:
-        """Return p50 and p99 in milliseconds from ack to weights, over the newest events learned from."""
-        recent = list(self._recent_freshness_us)
+    def recent_freshness(self, name: str) -> dict[str, float | int | None]:
+        """Return p50 and p99 in milliseconds from ack until reflected, over the newest events."""
+        recent = list(self._recent_freshness_us[name])
         if not recent:
             return {"events": 0, "p50": None, "p99": None}
         p50, p99 = np.percentile(recent, [50, 99]) / 1e3

@@ -21,6 +21,7 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from serving.catalogue import LiveCatalogue
 from serving.experiments import Arm
+from serving.freshness import LearnedEvents
 from serving.metrics import Metrics
 from training.models.served import ServedModel
 from training.models.version import VersionState, apply_delta
@@ -30,7 +31,6 @@ RETRY_REFUSED_S = 5.0
 NICENESS = 10
 """How far reading and building a version stands back behind requests, by the kernel's measure."""
 WARM_UP_ITEMS = 5
-READ_EVENTS = 1_000
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,6 @@ class Refresher:
         poll_interval_s: float,
     ) -> None:
         self._registry = registry
-        self._log = event_log
         self._catalogue = catalogue
         self._metrics = metrics
         self.poll_interval_s = poll_interval_s
@@ -95,8 +94,7 @@ class Refresher:
         self._refusal: Refusal | None = None
         self._canary_refusal: Refusal | None = None
         self._problems: dict[str, str] = {}
-        self._timed_seq = 0
-        """Last event whose way into the weights has been timed, or came before this replica."""
+        self._learned = LearnedEvents(registry, event_log, metrics)
         self._writing = threading.Lock()
         """Held by whoever makes the next residents; requests only read the reference."""
         self._stopping = threading.Event()
@@ -120,7 +118,7 @@ class Refresher:
         Raises `RegistryError` where there is nothing to serve.
         """
         with self._writing:
-            self._timed_seq = self._log.head_seq()
+            self._learned.start()
             self._catalogue.poll()
             live = self._load(VersionRef(self._registry.current().version), None)
             pinned = None
@@ -265,15 +263,7 @@ class Refresher:
         self._residents = replace(before, live=after, previous=before.live)
         self._metrics.count_swap("swapped")
         self._metrics.set_learned_seq(after.learned_seq)
-        self._time_events(after.learned_seq)
-
-    def _time_events(self, learned_seq: int) -> None:
-        """Observe how long the events that have just become part of the weights took to get there."""
-        now_us = _now_us()
-        while self._timed_seq < learned_seq and (events := self._log.read(self._timed_seq, READ_EVENTS)):
-            learned = [event for event in events if event.seq <= learned_seq]
-            self._metrics.observe_freshness([event.acked_us for event in learned], now_us)
-            self._timed_seq = learned_seq if len(learned) < len(events) else events[-1].seq
+        self._learned.note_swap(before.live, after)
 
 
 def _warm_up(model: ServedModel) -> None:

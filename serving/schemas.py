@@ -106,6 +106,7 @@ class SimilarResponse(BaseModel):
 
     item_id: str
     version: str
+    learned_seq: int
     items: list[SimilarItem]
 
 

@@ -3,7 +3,7 @@
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -114,17 +114,25 @@ class TinyVersions:
         return draft.publish(offset=0, metrics=metrics, promote=promote)
 
     def publish_delta(
-        self, *, seed: int = 0, value: float | None = None, promote: bool = True, last_seq: int | None = None
+        self,
+        *,
+        seed: int = 0,
+        value: float | None = None,
+        promote: bool = True,
+        last_seq: int | None = None,
+        items: Sequence[int] = range(ITEMS),
+        **metrics: object,
     ) -> VersionRef:
-        """Publish other item rows, random or all of one value, as if learned from the log up to `last_seq`."""
+        """Publish other rows of items, random or all of one value, as if learned from the log up to `last_seq`."""
         version = self.registry.current().version
         before = read_version(self.registry, VersionRef(version))
         rows_ID = torch.randn(before.rows[ITEM_ROWS].shape, generator=torch.Generator().manual_seed(seed))
         rows_ID = rows_ID if value is None else torch.full_like(rows_ID, value)
+        index = torch.tensor(items)
         change = Change(
             new_items=[],
             new_users=[],
-            rows={ITEM_ROWS: (torch.arange(len(rows_ID)), QuantizedRows(rows_ID))},
+            rows={ITEM_ROWS: (index, QuantizedRows(rows_ID[index]))},
             optimizer_rows={},
             dense=before.dense,
             optimizer={},
@@ -132,7 +140,7 @@ class TinyVersions:
         draft = self.registry.draft_delta(version)
         write_delta(draft, change)
         learned = [self.registry.manifest(VersionRef(version)), *self.registry.deltas(version)][-1].last_seq
-        return draft.publish(first_seq=learned + 1, last_seq=last_seq or learned + 1, promote=promote)
+        return draft.publish(learned + 1, last_seq or learned + 1, metrics, promote=promote)
 
     def flip_bit(self, ref: VersionRef, file_name: str) -> None:
         """Damage a published file; doing it again mends it."""

@@ -135,6 +135,27 @@ def test_a_learned_event_counts_towards_freshness(served):
     assert 0 < versions["weights_freshness_ms"]["p50"] < 10_000
 
 
+def test_how_long_an_event_takes_to_be_in_state_rows_and_weights_is_shown(served):
+    learned_seq = served.post("timed", "i6")
+    served.versions.publish_delta(seed=12, last_seq=learned_seq)
+    served.wait_for(lambda: served.recommend("timed")["learned_seq"] == learned_seq)
+    freshness = served.request("GET", "/v1/versions").body["freshness_ms"]
+    assert list(freshness) == ["state", "row", "dense"]
+    assert all(0 < part["p50"] < 10_000 for part in freshness.values())
+    exposed = served.request("GET", "/metrics").body["text"]
+    for name, part in freshness.items():
+        assert f"recloop_{name}_freshness_seconds_count {part['events']}.0" in exposed
+
+
+def test_an_answer_names_its_version_and_the_newest_event_in_it(served):
+    state_seq = served.post("reader", "i7", "click")
+    answer = served.recommend("reader", min_seq=state_seq)
+    learned_seq = served.registry.manifest(VersionRef.parse(answer["version"])).last_seq
+    assert (answer["state_seq"], answer["learned_seq"]) == (state_seq, learned_seq)
+    near = served.request("GET", "/v1/items/i7/similar").body
+    assert (near["version"], near["learned_seq"]) == (answer["version"], learned_seq)
+
+
 def test_a_server_says_what_it_knew_before_the_first_event(served):
     versions = served.request("GET", "/v1/versions").body
     assert (versions["training_events"], versions["knows_later_events"]) == (8, False)

@@ -168,9 +168,52 @@ def test_each_event_is_timed_once_and_those_before_the_replica_never(versions, l
     log.append([Event(user_id="u0", item_id="i3", kind="like", ts_us=0) for _ in range(3)])
     versions.publish_delta(seed=2, last_seq=5)
     refresher.follow()
-    assert metrics.recent_freshness()["events"] == 2  # 4 and 5; 6 is not learned yet
+    assert metrics.recent_freshness("weights")["events"] == 2  # 4 and 5; 6 is not learned yet
     versions.registry.promote(VersionRef(1, 1), "worse")
     refresher.follow()
     versions.registry.promote(VersionRef(1, 2), "better after all")
     refresher.follow()
-    assert metrics.recent_freshness()["events"] == 2
+    assert metrics.recent_freshness("weights")["events"] == 2
+
+
+def timed(metrics):
+    return [metrics.recent_freshness(name)["events"] for name in ("weights", "dense", "row")]
+
+
+def test_an_event_whose_item_s_row_a_delta_leaves_out_waits_for_the_one_that_has_it(versions, log, metrics, start):
+    refresher = start()
+    log.append([Event(user_id="u0", item_id=item_id, kind="like", ts_us=0) for item_id in ("i2", "i3", "i3")])
+    versions.publish_delta(seed=1, last_seq=3, items=[2])
+    refresher.follow()
+    assert timed(metrics) == [3, 3, 1]
+    log.append([Event(user_id="u0", item_id="i4", kind="like", ts_us=0)])
+    versions.publish_delta(seed=2, items=[3])
+    refresher.follow()
+    assert timed(metrics) == [4, 4, 3]
+    versions.publish_version(seed=5)  # has every row
+    refresher.follow()
+    assert timed(metrics) == [4, 4, 4]
+
+
+def test_what_teaches_nothing_is_timed_as_passed_over_only(versions, log, metrics, start):
+    refresher = start()
+    log.append(
+        [
+            Event(user_id="u0", item_id="i2", kind="impression", ts_us=0),
+            Event(user_id="u0", item_id="in no catalogue", kind="like", ts_us=0),
+            Event(user_id="u0", item_id="i3", kind="like", ts_us=0),
+        ]
+    )
+    versions.publish_delta(seed=1, last_seq=2)
+    versions.publish_delta(seed=2, last_seq=3, set_aside="log loss rose")
+    refresher.follow()
+    assert timed(metrics) == [3, 1, 0]
+
+
+def test_what_did_not_change_between_two_versions_is_in_memory_once(versions, start):
+    refresher = start(pinned_version=1)
+    before = refresher.residents.live
+    versions.publish_version(seed=5)
+    refresher.follow()
+    after = refresher.residents.live
+    assert (after.name, after.index_of is before.index_of) == ("2.0", True)

@@ -27,7 +27,8 @@ import pyarrow as pa
 import torch
 
 from cluster.config import Recipe
-from cluster.registry import Registry, VersionReader, VersionRef
+from cluster.manifest import Manifest, VersionRef
+from cluster.registry import Registry, VersionReader
 from embeddings.quantized import QuantizedRows
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
@@ -215,6 +216,15 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
         exact=exact,
         sources=sources,
     )
+
+
+def find_set_aside(manifest: Manifest) -> range | None:
+    """Return the events that the guard, or who rolled back, had set aside when this was published; none as a rule."""
+    if "set_aside_from_seq" in manifest.metrics:
+        return range(int(manifest.metrics["set_aside_from_seq"]), manifest.last_seq + 1)
+    if "set_aside" in manifest.metrics and manifest.first_seq is not None:
+        return range(manifest.first_seq, manifest.last_seq + 1)
+    return None
 
 
 def checkpoint_names(state: VersionState) -> dict[str, torch.Tensor]:

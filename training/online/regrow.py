@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from cluster.errors import CorruptVersionError, RegistryError
 from cluster.manifest import Manifest, VersionRef
 from cluster.registry import Registry
-from training.models.version import EVENTS, ROOT, SET_ASIDE, VersionState, apply_delta, read_version, write_version
+from training.models.version import (
+    EVENTS,
+    ROOT,
+    SET_ASIDE,
+    VersionState,
+    apply_delta,
+    find_set_aside,
+    read_version,
+    write_version,
+)
 from training.online.exclusions import Exclusions
 
 
@@ -101,12 +110,8 @@ def _stated(registry: Registry, ref: VersionRef) -> Exclusions:
 
 
 def _set_aside_by(manifest: Manifest) -> Exclusions:
-    """Return the range that the guard, or who rolled back, had set aside when this was published."""
-    if "set_aside_from_seq" in manifest.metrics:
-        return Exclusions(ranges=frozenset({(int(manifest.metrics["set_aside_from_seq"]), manifest.last_seq)}))
-    if "set_aside" in manifest.metrics and manifest.first_seq is not None:
-        return Exclusions(ranges=frozenset({(manifest.first_seq, manifest.last_seq)}))
-    return Exclusions()
+    span = find_set_aside(manifest)
+    return Exclusions() if span is None else Exclusions(ranges=frozenset({(span.start, span.stop - 1)}))
 
 
 def _root(registry: Registry, ref: VersionRef) -> int:

@@ -1,6 +1,9 @@
 """A version's answers: the contract that serving builds on."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +175,49 @@ class TestAnItemPut:
             expected = model.dense.item_vectors(model.state.rows["item"][3:4], torch.tensor(text_vector(1)[None]))
         torch.testing.assert_close(after.item_ID[3:4], expected)
         assert torch.equal(after.item_ID[4], model.item_ID[4])
+
+
+class TestAModelBuiltBesideAResidentOne:
+    """Whatever it shares, it answers to the bit as one built alone."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda state: {"dense": {name: tensor * 1.1 for name, tensor in state.dense.items()}},
+            lambda state: {"rows": {**state.rows, ITEM_ROWS: state.rows[ITEM_ROWS] * 1.1}},
+            lambda state: {"item_ids": state.item_ids[::-1], "item_texts": state.item_texts[::-1]},
+            lambda state: {"user_ids": [*state.user_ids[1:], state.user_ids[0]]},
+            lambda state: {"user_ids": ["newcomer", *state.user_ids[1:]]},
+            lambda state: {"item_ids": state.item_ids[:9], "rows": {n: r[:9] for n, r in state.rows.items()}},
+            lambda state: {
+                "item_ids": [*state.item_ids, "new"],
+                "item_texts": [*state.item_texts, "text"],
+                "rows": {name: torch.cat([rows, rows[:1]]) for name, rows in state.rows.items()},
+            },
+        ],
+        ids=["weights", "rows", "order", "users", "user reused", "fewer", "more"],
+    )
+    @pytest.mark.parametrize("items", [0, 2])
+    def test_answers_as_if_alone(
+        self, version: VersionState, change: Callable[[VersionState], dict[str, Any]], items: int
+    ) -> None:
+        put = {f"put-{n}": ("told", text_vector(n)) for n in range(items)}
+        state = replace(version, **change(version))
+        alone, beside = ServedModel.build(state, put), ServedModel.build(state, put, ServedModel.build(version, put))
+        assert answers(beside) == answers(alone)
+        assert beside.similar("i3", 9) == alone.similar("i3", 9)
+        assert (beside.item_ids, beside.index_of, beside.user_row) == (alone.item_ids, alone.index_of, alone.user_row)
+
+    def test_leaves_the_resident_one_as_it_was(self, model: ServedModel) -> None:
+        before = answers(model)
+        other = {name: tensor * 1.1 for name, tensor in model.state.dense.items()}
+        assert answers(model.with_state(replace(model.state, dense=other))) != before
+        assert answers(model) == before
+
+    def test_forgets_of_what_was_put_what_the_version_has_learned(self, model: ServedModel) -> None:
+        row = model.state.rows[TEXT_ROWS][3].numpy()
+        put = model.with_items([("i3", "film number 3"), ("i4", "told anew")], np.stack([row, row]))
+        assert list(put.put) == ["i4"]
 
 
 class TestADelta:

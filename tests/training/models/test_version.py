@@ -1,5 +1,6 @@
 """What a version holds: written, read in any order of deltas, and told apart when damaged."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from cluster.errors import CorruptVersionError
 from cluster.events import Event, events_table
 from cluster.manifest import VersionRef
-from cluster.registry import Registry
+from cluster.registry import Registry, VersionDraft
 from embeddings.quantized import QuantizedRows
 from training.models.version import (
     COUNT_ROWS,
@@ -173,6 +174,74 @@ def test_a_damaged_delta_is_named(registry: Registry, published: VersionRef, ver
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CorruptVersionError, match=r"deltas/000001/rows\.safetensors"):
         read_version(registry, ref)
+
+
+def publish(registry: Registry, state: VersionState) -> VersionRef:
+    draft = registry.draft_version()
+    write_version(draft, state, HISTORY)
+    return draft.publish(offset=5, metrics={})
+
+
+def test_what_a_resident_version_has_of_the_same_checksum_is_shared_with_it(
+    registry: Registry, published: VersionRef, version: VersionState
+) -> None:
+    other = replace(
+        version,
+        user_ids=[*version.user_ids[1:], "newcomer"],
+        rows={**version.rows, ITEM_ROWS: version.rows[ITEM_ROWS] + 1},
+        dense={name: tensor + 1 for name, tensor in version.dense.items()},
+    )
+    ref, resident = publish(registry, other), read_version(registry, published)
+    found = read_version(registry, ref, resident=resident)
+    assert_equal(found, replace(other, optimizer={}))
+    assert found.item_ids is resident.item_ids
+    assert found.recipe is resident.recipe
+    assert found.rows[TEXT_ROWS] is resident.rows[TEXT_ROWS]
+
+
+def test_what_a_delta_has_changed_is_not_shared_any_more(
+    registry: Registry, published: VersionRef, version: VersionState
+) -> None:
+    change, whole = changed(version, seed=1, new_items=1, new_users=1)
+    publish_delta(registry, published, change, last_seq=6)
+    after = read_version(registry, VersionRef(published.version, 1))
+    assert_equal(after, replace(whole, optimizer={}))
+    assert_equal(read_version(registry, published, resident=after), replace(version, optimizer={}))
+    assert read_version(registry, publish(registry, whole), resident=after).dense is after.dense
+
+
+def test_what_is_not_shared_is_checked(registry: Registry, published: VersionRef, version: VersionState) -> None:
+    resident = read_version(registry, published)
+    ref = publish(registry, replace(version, rows={**version.rows, TEXT_ROWS: version.rows[TEXT_ROWS] + 1}))
+    path = Path(registry.uri, ref.folder, "text.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(CorruptVersionError, match=r"text\.safetensors"):
+        read_version(registry, ref, resident=resident)
+
+
+class DraftWithTextAmongRows:
+    """Writes what versions were before text vectors had a file of their own."""
+
+    def __init__(self, draft: VersionDraft) -> None:
+        self.draft = draft
+        self.rows: Mapping[str, torch.Tensor] = {}
+        self.add_table, self.add_text = draft.add_table, draft.add_text
+
+    def add_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        if name == "rows":
+            self.rows = tensors
+        elif name == "text":
+            self.draft.add_tensors("rows", {**self.rows, **tensors})
+        else:
+            self.draft.add_tensors(name, tensors)
+
+
+def test_text_vectors_among_the_rows_are_read_as_well(registry: Registry, version: VersionState) -> None:
+    draft = registry.draft_version()
+    write_version(DraftWithTextAmongRows(draft), version, HISTORY)
+    ref = draft.publish(offset=5, metrics={})
+    assert "text.safetensors" not in registry.manifest(ref).files
+    assert_equal(read_version(registry, ref, with_optimizer=True), version)
 
 
 def test_checkpoint_names_and_back(version: VersionState) -> None:
