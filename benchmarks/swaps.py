@@ -2,11 +2,12 @@
 
     python -m benchmarks.swaps --home DIR [--quick]
 
-In:  a home with a published version, which is published twice more; `serve` on Ray Serve, without learning; connections
-that ask for slates one after the other.
-Out: of interleaved stretches with and without swaps: errors, p99, their ratio. In a stretch of swaps the pointer moves
-on as soon as the answers name the version it was moved to, round and round through three versions, so that each is read
-from storage, verified, built and warmed up anew.
+In:  a home with a published version, which is published twice more with other weights; `serve` on Ray Serve, without
+learning. Two loads: connections that ask for slates one after the other (closed loop), then slates asked for at a fixed
+rate, 60% of what those had answered, whether or not answers are late (open loop; late is counted from when it was due).
+Out: of interleaved stretches with and without swaps, for both loads: errors, p99, their ratio. While swapping, the
+pointer moves on as soon as the answers name the version it was moved to, round and round through three versions of one
+catalogue, so that tables and dense weights of each are read from storage, verified, built and warmed up anew.
 Bound by the processor that a swap takes from requests: reading and building run beside them.
 """
 
@@ -15,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import aiohttp
 import torch
 
-from benchmarks.harness import build_check, build_parser, interleave, percentiles, print_result
+from benchmarks.harness import Turns, build_check, build_parser, interleave, percentiles, print_result
 from cluster.config import EngineConfig, load_recipe
 from cluster.home import Home
 from cluster.manifest import VersionRef
@@ -35,6 +36,8 @@ from training.models.version import ITEM_ROWS, USER_ROWS, read_version, write_ve
 VERSIONS = 3
 SWAPS = 200
 PATIENCE_S = 30.0
+FIRST_STEADY_S = 5.0
+SHARE_OF_SUSTAINED = 0.6
 WEIGHT_NOISE = 1e-3
 
 
@@ -45,6 +48,12 @@ class Load:
     took_ms: list[float] = field(default_factory=list)
     errors: int = 0
     newest: str = ""
+    seconds: float = 0.0
+
+
+Work = Callable[[Load], Awaitable[None]]
+Generate = Callable[[Work], Coroutine[Any, Any, Load]]  # Any: what coroutines send and are sent
+"""Load a server until the work is done."""
 
 
 def main() -> None:
@@ -55,7 +64,6 @@ def main() -> None:
     args = parser.parse_args()
     repeats, swaps = (1, 10) if args.quick else (args.repeats, SWAPS)
     recipe = load_recipe("movielens", ["serve.arms=['live']", "serve.poll_interval_ms=50"])
-    loads: dict[str, list[Load]] = {"steady": [], "swapping": []}
     with tempfile.TemporaryDirectory(dir="/tmp") as scratch:  # Ray's socket paths must be short
         for name in ("registry", "cache"):
             shutil.copytree(args.home / name, Path(scratch) / name)
@@ -63,43 +71,73 @@ def main() -> None:
         registry = Registry(home.registry)
         refs = _publish_relatives(registry)
         engine = recipe.section(EngineConfig)
-        seconds = [5.0]
         with (
             ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=False),
             running_app(recipe, home, "127.0.0.1", find_free_port()) as url,
         ):
-
-            def steady() -> float:
-                loads["steady"].append(asyncio.run(_load(url, args.connections, lambda _: _wait(seconds[0]))))
-                return percentiles(loads["steady"][-1].took_ms)["p99"]
-
-            def swapping() -> float:
-                began_s = time.monotonic()
-                each = -(-swaps // repeats)
-                work = lambda load: _swap(registry, refs, each, load)  # noqa: E731
-                loads["swapping"].append(asyncio.run(_load(url, args.connections, work)))
-                seconds[0] = time.monotonic() - began_s  # the next steady stretch is as long
-                return percentiles(loads["swapping"][-1].took_ms)["p99"]
-
-            turns = interleave({"swapping": swapping, "steady": steady}, repeats, warm_ups=0)
-    made = len(loads["swapping"]) * -(-swaps // repeats)
-    errors = sum(load.errors for stretch in loads.values() for load in stretch)
-    results: dict[str, Any] = {  # Any: JSON
-        "p99_ms": turns.summary(),
-        "swaps": made,
-        "requests": {name: sum(len(load.took_ms) for load in found) for name, found in loads.items()},
-        "p50_ms": {
-            name: statistics.median(ms for load in found for ms in load.took_ms) for name, found in loads.items()
-        },
-    }
+            each = -(-swaps // repeats)
+            closed = _compare(lambda work: _ask_in_turn(url, args.connections, work), registry, refs, each, repeats)
+            steady = closed.loads["steady"]
+            rate = SHARE_OF_SUSTAINED * sum(len(load.took_ms) for load in steady) / sum(load.seconds for load in steady)
+            opened = _compare(lambda work: _ask_at_rate(url, rate, work), registry, refs, each, repeats)
     checks = [
-        build_check("swaps", made, f">={swaps}"),
-        build_check("errors", errors, "==0"),
-        build_check("p99_swapping_over_steady", turns.ratio("swapping", "steady"), "<=1.2"),
+        build_check("swaps", each * repeats, f">={swaps}"),
+        build_check("errors", closed.errors, "==0"),
+        build_check("p99_swapping_over_steady", closed.turns.ratio("swapping", "steady"), "<=1.2"),
+        build_check("open_loop_errors", opened.errors, "==0"),
+        build_check("open_loop_p99_swapping_over_steady", opened.turns.ratio("swapping", "steady"), "<=1.2"),
     ]
     for check in checks:
-        print(f"{check.name:28} {check.value:>10,.3f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
+        print(f"{check.name:36} {check.value:>10,.3f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
+    results = {"closed_loop": closed.summary(), "open_loop": {"rate": rate, **opened.summary()}}
     print_result(results=results, config={"connections": args.connections, "quick": args.quick}, checks=checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Stretches of one load, with and without swaps."""
+
+    turns: Turns
+    """p99 in milliseconds."""
+    loads: dict[str, list[Load]]
+
+    @property
+    def errors(self) -> int:
+        """Return how many requests were not answered."""
+        return sum(load.errors for stretch in self.loads.values() for load in stretch)
+
+    def summary(self) -> dict[str, Any]:  # Any: JSON
+        """Return everything as plain numbers."""
+        return {
+            "p99_ms": self.turns.summary(),
+            "requests": {name: sum(len(load.took_ms) for load in found) for name, found in self.loads.items()},
+            "seconds": {name: sum(load.seconds for load in found) for name, found in self.loads.items()},
+            "p50_ms": {
+                name: statistics.median(ms for load in found for ms in load.took_ms)
+                for name, found in self.loads.items()
+            },
+        }
+
+
+def _compare(generate: Generate, registry: Registry, refs: list[VersionRef], swaps: int, repeats: int) -> Compared:
+    """Load the server in turns with so many swaps and, for as long, without."""
+    loads: dict[str, list[Load]] = {"swapping": [], "steady": []}
+
+    def stretch(name: str, work: Work) -> float:
+        began_s = time.monotonic()
+        load = asyncio.run(generate(work))
+        load.seconds = time.monotonic() - began_s
+        loads[name].append(load)
+        return percentiles(load.took_ms)["p99"]
+
+    def swapping() -> float:
+        return stretch("swapping", lambda load: _swap(registry, refs, swaps, load))
+
+    def steady() -> float:
+        seconds = loads["swapping"][-1].seconds if loads["swapping"] else FIRST_STEADY_S
+        return stretch("steady", lambda _: asyncio.sleep(seconds))
+
+    return Compared(interleave({"swapping": swapping, "steady": steady}, repeats, warm_ups=0), loads)
 
 
 def _publish_relatives(registry: Registry) -> list[VersionRef]:
@@ -118,10 +156,6 @@ def _publish_relatives(registry: Registry) -> list[VersionRef]:
     return refs
 
 
-async def _wait(seconds: float) -> None:
-    await asyncio.sleep(seconds)
-
-
 async def _swap(registry: Registry, refs: list[VersionRef], swaps: int, load: Load) -> None:
     place = refs.index(registry.current())
     for _ in range(swaps):
@@ -134,31 +168,54 @@ async def _swap(registry: Registry, refs: list[VersionRef], swaps: int, load: Lo
             await asyncio.sleep(0.01)
 
 
-async def _load(url: str, connections: int, work: Callable[[Load], Any]) -> Load:  # Any: a coroutine
-    """Ask on all connections until the work is done."""
+async def _ask_in_turn(url: str, connections: int, work: Work) -> Load:
+    """Ask on so many connections, on each as soon as it has been answered."""
     load, done = Load(), asyncio.Event()
 
-    async def ask(session: aiohttp.ClientSession, number: int) -> None:
+    async def connection(session: aiohttp.ClientSession, number: int) -> None:
         turn = 0
         while not done.is_set():
             turn += 1
-            body = {"user_id": str(1 + (number * 97 + turn) % 900), "k": 10}
-            asked_s = time.perf_counter()
-            try:
-                async with session.post(f"{url}/v1/recommend", json=body) as response:
-                    answer = await response.json()
-                    load.errors += response.status != 200
-                    load.newest = answer.get("version", load.newest)
-            except aiohttp.ClientError:
-                load.errors += 1
-            load.took_ms.append((time.perf_counter() - asked_s) * 1e3)
+            await _ask(session, url, number * 97 + turn, load, time.perf_counter())
 
     async with aiohttp.ClientSession() as session:
-        asking = [asyncio.create_task(ask(session, number)) for number in range(connections)]
+        asking = [asyncio.create_task(connection(session, number)) for number in range(connections)]
         await work(load)
         done.set()
         await asyncio.gather(*asking)
     return load
+
+
+async def _ask_at_rate(url: str, rate: float, work: Work) -> Load:
+    """Ask so often a second, whatever becomes of the answers."""
+    load, done = Load(), asyncio.Event()
+
+    async def arrivals(session: aiohttp.ClientSession) -> None:
+        begun_s, asked = time.perf_counter(), []
+        while not done.is_set():
+            due_s = begun_s + len(asked) / rate
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            asked.append(asyncio.create_task(_ask(session, url, len(asked), load, due_s)))
+        await asyncio.gather(*asked)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        arriving = asyncio.create_task(arrivals(session))
+        await work(load)
+        done.set()
+        await arriving
+    return load
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, number: int, load: Load, due_s: float) -> None:
+    body = {"user_id": str(1 + number % 900), "k": 10}
+    try:
+        async with session.post(f"{url}/v1/recommend", json=body) as response:
+            answer = await response.json()
+            load.errors += response.status != 200
+            load.newest = answer.get("version", load.newest)
+    except aiohttp.ClientError:
+        load.errors += 1
+    load.took_ms.append((time.perf_counter() - due_s) * 1e3)
 
 
 if __name__ == "__main__":
