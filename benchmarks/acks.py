@@ -4,15 +4,19 @@
 
 In:  feedback as clients post it: 64 connections, each waiting for its answer before the next post.
 Out: posts and events a second, p50, p95 and p99 of a post, for the embedded log and for Redis in turns.
-Both are behind one uvicorn process that checks events as serving does, on loopback; clients run in this process. Redis
-(`appendfsync always`, XADD of the event and SET NX of its id, pipelined a post) keeps neither user history nor an order
-of ids across streams: it does less. Bound by the disk's sync, by HTTP parsing and by two cores for three processes.
+Both are behind one uvicorn process that checks events as serving does, on loopback. Redis (`appendfsync always`, XADD
+of the event and SET NX of its id, pipelined a post) keeps neither user history nor an order of ids across streams: it
+does less. Bound by one Python process that reads HTTP, checks and answers, by the disk's sync, and by two cores for
+three processes. The clients are one of them: their posts are made before the clock starts, and they read of an answer
+only how many events it says were accepted.
 """
 
 import argparse
 import asyncio
 import contextlib
 import itertools
+import json
+import re
 import shutil
 import socket
 import subprocess
@@ -22,10 +26,10 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import aiohttp
 import pydantic_core
+import uvloop
 
 from benchmarks.harness import build_check, build_parser, interleave, percentiles, print_result
 from cluster.errors import EngineError
@@ -37,8 +41,16 @@ from serving.feedback import take_feedback
 CLIENTS = 64
 BULK_EVENTS = 500
 BULK_CLIENTS = 8
+POSTS = {"single": 10_000, "bulk": 200}
+"""In one turn."""
+QUICK_POSTS = {"single": 500, "bulk": 20}
 USERS, ITEMS = 10_000, 2_000
 START_S = 30.0
+HOST = "127.0.0.1"
+REQUEST = (
+    b"POST /v1/feedback HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+)
+LENGTH = re.compile(rb"\r\ncontent-length: (\d+)")
 
 
 class RedisLog:
@@ -84,7 +96,7 @@ def serve(log_path: str, redis_port: int, port: int) -> None:
         return JSONResponse({"accepted": receipt.accepted, "results": [one._asdict() for one in receipt.appended]})
 
     app = Starlette(routes=[Route("/v1/feedback", feedback, methods=["POST"])])
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    uvicorn.run(app, host=HOST, port=port, log_level="warning", access_log=False)
 
 
 @contextlib.contextmanager
@@ -95,7 +107,7 @@ def started(command: Sequence[str], port: int) -> Iterator[None]:
         deadline_s = time.monotonic() + START_S
         while True:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                if probe.connect_ex((HOST, port)) == 0:
                     break
             if process.poll() is not None or time.monotonic() > deadline_s:
                 raise EngineError(f"{command[0]}: does not answer on port {port}")
@@ -106,33 +118,78 @@ def started(command: Sequence[str], port: int) -> Iterator[None]:
         process.wait(START_S)
 
 
-def load(url: str, seconds: float, clients: int, events_a_post: int, numbers: Iterator[int]) -> dict[str, float]:
-    """Post new events on so many connections for so long; every one must be accepted."""
+class Client(asyncio.Protocol):
+    """One connection that posts what `requests` still has, each after the answer to the one before.
 
-    def body() -> object:
-        made = [_event(next(numbers)) for _ in range(events_a_post)]
-        return made[0] if events_a_post == 1 else made
+    A whole HTTP client would take from the two cores about as much as the server does.
+    """
+
+    def __init__(self, requests: Iterator[bytes], events_a_post: int, took_s: list[float]) -> None:
+        self._requests = requests
+        self._wanted = f'"accepted":{events_a_post},'.encode()
+        self._took_s = took_s
+        self._answer = b""
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Post for the first time."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._post()
+
+    def data_received(self, data: bytes) -> None:
+        """Post again once the answer is whole."""
+        self._answer += data
+        head, _, body = self._answer.partition(b"\r\n\r\n")
+        length = LENGTH.search(head)
+        if length is None or len(body) < int(length[1]):
+            return
+        self._took_s.append(time.perf_counter() - self._begun_s)
+        if head.startswith(b"HTTP/1.1 200") and self._wanted in body:
+            self._post()
+        else:
+            self._transport.close()
+            self.done.set_exception(EngineError(f"not all events were accepted: {self._answer[:300]!r}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say so, unless nothing was left to post."""
+        if not self.done.done():
+            self.done.set_exception(exc or EngineError("the server has closed a connection"))
+
+    def _post(self) -> None:
+        self._answer = b""
+        if (request := next(self._requests, None)) is None:
+            self.done.set_result(None)
+            self._transport.close()
+            return
+        self._begun_s = time.perf_counter()
+        self._transport.write(request)
+
+
+def load(port: int, requests: Sequence[bytes], clients: int, events_a_post: int) -> dict[str, float]:
+    """Post the requests on so many connections; every event must be accepted as new."""
 
     async def run() -> dict[str, float]:
         took_s: list[float] = []
-        until_s = time.perf_counter() + seconds
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=clients)) as session:
-
-            async def client() -> None:
-                while (begun_s := time.perf_counter()) < until_s:
-                    async with session.post(url, json=body()) as response:
-                        answer = await response.json()
-                    took_s.append(time.perf_counter() - begun_s)
-                    if answer["accepted"] != events_a_post:
-                        raise EngineError(f"{answer['accepted']} of {events_a_post} new events were accepted")
-
-            begun_s = time.perf_counter()
-            await asyncio.gather(*(client() for _ in range(clients)))
-            passed_s = time.perf_counter() - begun_s
+        left = iter(requests)
+        begun_s = time.perf_counter()
+        connect = asyncio.get_running_loop().create_connection
+        made = [await connect(lambda: Client(left, events_a_post, took_s), HOST, port) for _ in range(clients)]
+        await asyncio.gather(*(client.done for _, client in made))
+        passed_s = time.perf_counter() - begun_s
         in_ms = {name: value * 1e3 for name, value in percentiles(took_s).items()}
         return {"posts_s": len(took_s) / passed_s, "events_s": len(took_s) * events_a_post / passed_s, **in_ms}
 
-    return asyncio.run(run())
+    return uvloop.run(run())
+
+
+def build_requests(posts: int, events_a_post: int, numbers: Iterator[int]) -> list[bytes]:
+    """Return so many posts of new events, as bytes."""
+    requests = []
+    for _ in range(posts):
+        made = [_event(next(numbers)) for _ in range(events_a_post)]
+        body = json.dumps(made[0] if events_a_post == 1 else made).encode()
+        requests.append(REQUEST % len(body) + body)
+    return requests
 
 
 def main() -> None:
@@ -141,7 +198,7 @@ def main() -> None:
     if args.serve:
         serve(args.log, args.redis_port, args.port)
         return
-    seconds = 0.5 if args.quick else 5.0
+    posts = QUICK_POSTS if args.quick else POSTS
     numbers = itertools.count()
     latest: dict[str, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
@@ -149,15 +206,15 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="acks-")))
         redis_port = find_free_port()
         stack.enter_context(started(_redis_command(args.redis_server, redis_port, folder), redis_port))
-        urls = {}
+        ports = {}
         for name, port_of_redis in (("recloop", 0), ("redis", redis_port)):
             port = find_free_port()
             flags = ["--log", str(folder / "log.sqlite"), "--redis-port", str(port_of_redis), "--port", str(port)]
             stack.enter_context(started([sys.executable, "-m", "benchmarks.acks", "--serve", *flags], port))
-            urls[name] = f"http://127.0.0.1:{port}/v1/feedback"
+            ports[name] = port
 
         def measure(name: str, kind: str, clients: int, events_a_post: int) -> float:
-            figures = load(urls[name], seconds, clients, events_a_post, numbers)
+            figures = load(ports[name], build_requests(posts[kind], events_a_post, numbers), clients, events_a_post)
             for key, value in figures.items():
                 latest.setdefault(f"{name}_{kind}", {}).setdefault(key, []).append(value)
             return figures["events_s"]
@@ -165,7 +222,7 @@ def main() -> None:
         variants = {
             f"{name}_{kind}": lambda name=name, how=(kind, *sizes): measure(name, *how)
             for kind, sizes in {"single": (CLIENTS, 1), "bulk": (BULK_CLIENTS, BULK_EVENTS)}.items()
-            for name in urls
+            for name in ports
         }
         turns = interleave(variants, args.repeats)
     p99_ms = sorted(latest["recloop_single"]["p99"][1:])[args.repeats // 2]  # the first was the warm-up
@@ -176,7 +233,7 @@ def main() -> None:
     ]
     for check in checks:
         print(f"{check.name:24} {check.value:>12,.2f}  bar {check.bar:9} {'holds' if check.holds else 'MISSED'}")
-    config = {"clients": CLIENTS, "bulk_events": BULK_EVENTS, "seconds": seconds, "quick": args.quick}
+    config = {"clients": CLIENTS, "bulk_events": BULK_EVENTS, "posts": posts, "quick": args.quick}
     print_result(results=turns.summary() | {"latency": latest}, config=config, checks=checks)
 
 
