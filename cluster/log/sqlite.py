@@ -9,6 +9,7 @@ written in the event's own transaction, so it always equals the fold of the log 
 imported past (seq <= 0). Older events are sealed to Parquet (sealing.py); reading does not show where an event is.
 """
 
+import itertools
 import secrets
 import sqlite3
 import time
@@ -95,8 +96,7 @@ class EventLog:
 
     def append_async(self, events: Sequence[Event]) -> Future[list[Appended]]:
         """Do what `append` does without waiting: the future resolves when the events are durable."""
-        taken = tuple(events)
-        return self._acked(self._writer.submit(lambda connection: self._append(connection, taken)))
+        return self._acked(self._writer.submit_part(self._append_all, tuple(events)))
 
     def read(self, after_seq: int, max_events: int) -> list[LoggedEvent]:
         """Return the next events after a sequence number, in order; empty at the head.
@@ -231,6 +231,11 @@ class EventLog:
 
     def _acked(self, written: Future[list[Appended]]) -> Future[list[Appended]]:
         return written if self._shared is None else self._shared.acked(written)
+
+    def _append_all(self, connection: sqlite3.Connection, calls: Sequence[Sequence[Event]]) -> list[list[Appended]]:
+        """Write what several calls append, as one."""
+        appended = iter(self._append(connection, list(itertools.chain.from_iterable(calls))))
+        return [list(itertools.islice(appended, len(events))) for events in calls]
 
     def _append(self, connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
         appended = _append(connection, events)

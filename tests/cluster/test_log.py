@@ -318,6 +318,28 @@ def test_what_arrives_during_a_commit_shares_the_next_one(tmp_path):
     assert statements.count("COMMIT") == 2
 
 
+def test_parts_of_a_job_that_wait_together_run_as_one_without_those_that_make_it_raise(tmp_path):
+    writer = GroupCommit(connect(tmp_path / "jobs.db", cache_bytes=1 << 20), "jobs.db")
+    release, ran = threading.Event(), []
+
+    def double(_, numbers):
+        ran.append(list(numbers))
+        return [2 * 12 // (12 // number) for number in numbers]
+
+    blocker = writer.submit(lambda _: release.wait(10))
+    while not blocker.running():
+        time.sleep(0.001)
+    good = [writer.submit_part(double, number) for number in (1, 2)]
+    other = writer.submit(lambda _: "other")
+    mixed = [writer.submit_part(double, number) for number in (3, 0, 4)]
+    release.set()
+    assert [future.result(10) for future in (*good, other, mixed[0], mixed[2])] == [2, 4, "other", 6, 8]
+    with pytest.raises(ZeroDivisionError):
+        mixed[1].result(10)
+    writer.close()
+    assert ran == [[1, 2], [3, 0, 4], [3], [0, 4], [0], [4]]
+
+
 def test_one_bad_event_does_not_fail_its_neighbours(log):
     bad = make_event(1, position=2**70)
     before, failed, after = (log.append_async([event]) for event in (make_event(2), bad, make_event(3)))
