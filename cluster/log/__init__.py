@@ -2,6 +2,7 @@
 
 sqlite.py   `EventLog`: append, read, offsets, user state, items, verification
 commit.py   one writer thread that commits what many threads submit together
+checkpoints.py   what keeps the write-ahead log short beside it
 seeds.py    the past that is imported before the first event
 schema.py   the tables, and connections to them
 records.py  what goes in and out, and how an event becomes a row

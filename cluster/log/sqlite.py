@@ -27,6 +27,7 @@ from cluster.catalogue import Item
 from cluster.errors import EngineError
 from cluster.events import INTERACTION_KINDS, Event
 from cluster.log import schema, verification
+from cluster.log.checkpoints import MOST_WAL_PAGES, Checkpointer
 from cluster.log.commit import GroupCommit
 from cluster.log.records import (
     EVENT_COLUMNS,
@@ -80,6 +81,8 @@ class EventLog:
         with self._engine_errors():
             self._use = schema.enter(self.path)
             writer = schema.connect(self.path, cache_bytes=WRITER_CACHE_BYTES)
+            writer.execute(f"PRAGMA wal_autocheckpoint = {MOST_WAL_PAGES}")
+        self._checkpointer = Checkpointer(self.path)
         self._writer = GroupCommit(writer, str(self.path))
         self._sealer = Sealer(self.path, config or LogConfig(), self._reader, self._writer)
         self._sealer.tidy()
@@ -205,6 +208,7 @@ class EventLog:
         self._writer.close()
         if self._shared is not None:
             self._shared.close()
+        self._checkpointer.close()
         while self._readers:
             self._readers.pop().close()
         self._use.close()
@@ -239,6 +243,7 @@ class EventLog:
 
     def _append(self, connection: sqlite3.Connection, events: Sequence[Event]) -> list[Appended]:
         appended = _append(connection, events)
+        self._checkpointer.note(connection.total_changes)
         if appended and appended[-1].seq >= self._sealer.next_seq:
             self._sealer.wake()
         return appended
