@@ -271,7 +271,7 @@ def _texts(column: pa.ChunkedArray) -> list[str]:
     """Return a column's texts, a few thousand at a time: the interpreter's lock is not held for a whole catalogue."""
     texts: list[str] = []
     for start in range(0, len(column), TEXTS_AT_ONCE):
-        texts += column.slice(start, TEXTS_AT_ONCE).to_numpy().tolist()
+        texts += column.slice(start, TEXTS_AT_ONCE).to_pylist()
     return texts
 
 
