@@ -24,12 +24,15 @@ from serving.experiments import Arm
 from serving.freshness import LearnedEvents
 from serving.metrics import Metrics
 from training.models.served import ServedModel
-from training.models.version import VersionState, apply_delta
+from training.models.version import VersionState, apply_delta, read_version
 
 RETRY_REFUSED_S = 5.0
 """How long a version that did not hold is left alone, unless the pointer moves."""
 NICENESS = 10
 """How far reading and building a version stands back behind requests, by the kernel's measure."""
+PAUSE_S = 0.01
+"""Between the steps of a swap, each of a few milliseconds: a thread that stands back still holds the interpreter's lock
+at times, and a request should meet one step at most."""
 WARM_UP_ITEMS = 5
 
 log = logging.getLogger(__name__)
@@ -154,7 +157,8 @@ class Refresher:
             self._attempt("canary", self._follow_canary)
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of this thread alone, on Linux
+        niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)  # of this thread alone, on Linux
         while not self._stopping.wait(self.poll_interval_s):
             self.follow()
 
@@ -193,7 +197,7 @@ class Refresher:
 
         reached, failure = self._reach(target)
         try:
-            _warm_up(reached)
+            self._warm_up(reached)
         except Exception as error:  # what cannot answer, for whatever reason, is not served
             reached, failure = before, error
         if reached is not before:
@@ -217,7 +221,7 @@ class Refresher:
             return
         try:
             model = self._load(trial.ref, before.live)
-            _warm_up(model)
+            self._warm_up(model)
         except Exception as error:  # what cannot answer, for whatever reason, is not served
             reason = f"{trial.ref} is on trial but served to nobody: {error}"
             retry_s = time.monotonic() + RETRY_REFUSED_S
@@ -251,12 +255,30 @@ class Refresher:
                 if reader.manifest.parent_sha256 != parent.sha256:
                     raise CorruptVersionError(f"delta {reader.manifest.ref} is not a child of {parent.ref} as it is")
                 state, parent = apply_delta(state, reader), reader.manifest
+                self._pause()
         except Exception as error:  # as above
             return state, error
         return state, None
 
     def _load(self, ref: VersionRef, resident: ServedModel | None) -> ServedModel:
-        return self._catalogue.lay_over(ServedModel.load(self._registry, ref, resident))
+        state = read_version(self._registry, ref, resident=resident.state if resident else None)
+        self._pause()
+        return self._catalogue.lay_over(ServedModel.build(state, {}, resident))
+
+    def _warm_up(self, model: ServedModel) -> None:
+        """Answer a stranger and a known user before anyone asks; raises `CorruptVersionError` for scores like NaN."""
+        self._pause()
+        stranger = model.recommend("", (), WARM_UP_ITEMS, frozenset())
+        self._pause()
+        history = [Interaction(item_id, "click", None, 0, 0) for item_id in stranger.item_ids]
+        known = model.recommend("", history, WARM_UP_ITEMS, frozenset())
+        if not (np.isfinite(stranger.scores).all() and np.isfinite(known.scores).all()):
+            raise CorruptVersionError(f"{model.name}: scores are not finite")
+
+    def _pause(self) -> None:
+        """Let requests go first, once there are any."""
+        if self._residents is not None:
+            self._stopping.wait(PAUSE_S)
 
     def _swap(self, after: ServedModel) -> None:
         before = self.residents
@@ -264,15 +286,6 @@ class Refresher:
         self._metrics.count_swap("swapped")
         self._metrics.set_learned_seq(after.learned_seq)
         self._learned.note_swap(before.live, after)
-
-
-def _warm_up(model: ServedModel) -> None:
-    """Answer a stranger and a known user before anyone asks; raises `CorruptVersionError` if scores are not numbers."""
-    stranger = model.recommend("", (), WARM_UP_ITEMS, frozenset())
-    history = [Interaction(item_id, "click", None, 0, 0) for item_id in stranger.item_ids]
-    known = model.recommend("", history, WARM_UP_ITEMS, frozenset())
-    if not (np.isfinite(stranger.scores).all() and np.isfinite(known.scores).all()):
-        raise CorruptVersionError(f"{model.name}: scores are not finite")
 
 
 def _now_us() -> int:
