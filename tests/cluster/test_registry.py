@@ -238,6 +238,26 @@ def test_what_was_never_published_cannot_be_promoted(registry):
     assert registry.current() == VersionRef(1)
 
 
+def test_tensors_of_any_type_and_shape_come_back_aligned(registry):
+    written = {
+        "matrix": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+        "scalar": torch.tensor(3.0),
+        "no rows": torch.empty(0, 4),
+        "int8": torch.tensor([[-3, 127]], dtype=torch.int8),
+        "int64": torch.arange(7),
+        "bool": torch.tensor([True, False, True]),
+        "float16": torch.tensor([0.5, 2.0, 3.0]).half(),
+        "bfloat16": torch.tensor([0.5, 2.0, 3.0]).bfloat16(),
+    }
+    draft = registry.draft_version()
+    draft.add_tensors("tables", written)
+    read = registry.open_version(draft.publish(offset=0, metrics={}).version).tensors("tables")
+    assert read.keys() == written.keys()
+    assert [name for name, tensor in written.items() if read[name].dtype != tensor.dtype] == []
+    assert [name for name, tensor in written.items() if not torch.equal(read[name], tensor)] == []
+    assert {tensor.data_ptr() % 64 for tensor in read.values()} == {0}
+
+
 @pytest.mark.parametrize("name", ["tables.safetensors", "items.parquet", "recipe.toml"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_file_is_named(folder, name, damage):
