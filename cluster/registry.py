@@ -17,7 +17,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,17 @@ FILE_NAME = re.compile(r"\w[\w.-]{0,99}")
 class Registry:
     """All versions below one folder or URI."""
 
-    def __init__(self, root: str | Path | Storage) -> None:
+    def __init__(self, root: str | Path | Storage, *, before_read: Callable[[], None] | None = None) -> None:
+        """Open it; `before_read` is called before each file of a version, by who lets more urgent work go first."""
         self._storage = root if isinstance(root, Storage) else Storage(root)
+        self._before_read = before_read
         self._pointer = Pointer(self._storage)
         self._canary = CanaryPointer(self._storage)
         self.uri = self._storage.uri
+
+    def paced(self, before_read: Callable[[], None]) -> "Registry":
+        """Return the same registry for a reader that pauses before each file."""
+        return Registry(self._storage, before_read=before_read)
 
     def draft_version(self) -> "VersionDraft":
         """Return an empty draft of the next version; nothing is visible until it is published."""
@@ -150,11 +156,11 @@ class Registry:
 
     def open_version(self, version: int) -> "VersionReader":
         """Return the reader of a version's own files; raises `RegistryError` where it is not published."""
-        return VersionReader(self._storage, self.manifest(VersionRef(version)))
+        return VersionReader(self._storage, self.manifest(VersionRef(version)), self._before_read)
 
     def open_delta(self, version: int, number: int) -> "VersionReader":
         """Return the reader of one delta's files; raises `RegistryError` where it is not published."""
-        return VersionReader(self._storage, self.manifest(VersionRef(version, number)))
+        return VersionReader(self._storage, self.manifest(VersionRef(version, number)), self._before_read)
 
     def prune(self, older_than_s: float = 86_400.0) -> tuple[str, ...]:
         """Remove drafts untouched for so long, which their writers did not live to publish; return their names."""
@@ -304,8 +310,9 @@ class DeltaDraft(_Draft):
 class VersionReader:
     """The files of one version or delta, checked against its manifest as they are read."""
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, before_read: Callable[[], None] | None = None) -> None:
         self._storage = storage
+        self._before_read = before_read
         self.manifest = manifest
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -329,6 +336,8 @@ class VersionReader:
         path = f"{self._storage.uri}/{self.manifest.ref.folder}/{file_name}"
         if entry is None:
             raise RegistryError(f"{path}: not part of {self.manifest.ref}, which has {', '.join(self.manifest.files)}")
+        if self._before_read is not None:
+            self._before_read()
         try:
             data = self._storage.read(f"{self.manifest.ref.folder}/{file_name}")
         except FileNotFoundError as error:

@@ -31,8 +31,8 @@ RETRY_REFUSED_S = 5.0
 NICENESS = 10
 """How far reading and building a version stands back behind requests, by the kernel's measure."""
 PAUSE_S = 0.01
-"""Between the steps of a swap, each of a few milliseconds: a thread that stands back still holds the interpreter's lock
-at times, and a request should meet one step at most."""
+"""Before each step of a swap, of a millisecond or two: a thread that stands back still holds the interpreter's lock at
+times, and a request should meet one step at most."""
 WARM_UP_ITEMS = 5
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Refresher:
         *,
         poll_interval_s: float,
     ) -> None:
-        self._registry = registry
+        self._registry = registry.paced(self._pause)
         self._catalogue = catalogue
         self._metrics = metrics
         self.poll_interval_s = poll_interval_s
@@ -240,6 +240,7 @@ class Refresher:
                 ref = VersionRef(target.version)
                 model = self._load(ref, model)
             state, failure = self._apply_deltas(model.state, ref, target)
+            self._pause()
             return (model if state is model.state else model.with_state(state)), failure
         except Exception as error:  # what cannot be loaded, for whatever reason, is not served
             return model, error
@@ -255,7 +256,6 @@ class Refresher:
                 if reader.manifest.parent_sha256 != parent.sha256:
                     raise CorruptVersionError(f"delta {reader.manifest.ref} is not a child of {parent.ref} as it is")
                 state, parent = apply_delta(state, reader), reader.manifest
-                self._pause()
         except Exception as error:  # as above
             return state, error
         return state, None
@@ -276,8 +276,8 @@ class Refresher:
             raise CorruptVersionError(f"{model.name}: scores are not finite")
 
     def _pause(self) -> None:
-        """Let requests go first, once there are any."""
-        if self._residents is not None:
+        """Let requests go first, where this is done beside them."""
+        if threading.current_thread() is self._thread:
             self._stopping.wait(PAUSE_S)
 
     def _swap(self, after: ServedModel) -> None:
