@@ -258,6 +258,16 @@ def test_tensors_of_any_type_and_shape_come_back_aligned(registry):
     assert {tensor.data_ptr() % 64 for tensor in read.values()} == {0}
 
 
+def test_a_paced_reader_pauses_before_each_file(registry):
+    publish_version(registry, offset=7)
+    pauses = []
+    reader = registry.paced(lambda: pauses.append("pause")).open_version(1)
+    assert pauses == []
+    assert torch.equal(reader.tensors("tables")["rows"], registry.open_version(1).tensors("tables")["rows"])
+    reader.text("recipe.toml")
+    assert pauses == ["pause", "pause"]
+
+
 @pytest.mark.parametrize("name", ["tables.safetensors", "items.parquet", "recipe.toml"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_file_is_named(folder, name, damage):
