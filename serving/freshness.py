@@ -27,7 +27,10 @@ READ_EVENTS = 1_000
 
 def time_state(log: EventLog, metrics: Metrics, seq: int) -> None:
     """Look, as a request would, for an event that has just been taken in, and observe how long it took to be there."""
-    metrics.observe_freshness("state", [logged.acked_us for logged in log.read(seq - 1, 1)], _now_us())
+    for logged in log.read(seq - 1, 1):
+        state = log.user_state(logged.event.user_id, 1)
+        if max(state.seq, state.up_to_seq) >= seq:
+            metrics.observe_freshness("state", [logged.acked_us], _now_us())
 
 
 class LearnedEvents:

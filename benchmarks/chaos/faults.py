@@ -31,8 +31,7 @@ class Fault:
 
     kind: str
     at_s: float
-    """On the monotonic clock, when it was done; of a stop, when it began; of a full disk, when there was room again:
-    until then to refuse what cannot be kept is right."""
+    """On the monotonic clock, when it was done; of a stop or a full disk, when it began."""
     pids: list[int]
     detail: str = ""
 
@@ -115,7 +114,7 @@ class Faults:
     def _fill(self, kind: str) -> Fault:
         assert self.small_disk is not None, "else it is not among the kinds"
         filler = self.small_disk / "filler"
-        began_s = time.monotonic()
+        at_s = time.monotonic()
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
             while stream.write(bytes(1 << 20)):
                 pass
@@ -125,8 +124,7 @@ class Faults:
         filled_bytes = filler.stat().st_size
         time.sleep(self.rng.uniform(1.0, 3.0))
         filler.unlink()
-        at_s = time.monotonic()
-        return Fault(kind=kind, at_s=at_s, pids=[], detail=f"{filled_bytes >> 20} MiB, {at_s - began_s:.1f} s")
+        return Fault(kind=kind, at_s=at_s, pids=[], detail=f"{filled_bytes >> 20} MiB, {time.monotonic() - at_s:.1f} s")
 
     def _wait_for(self, part: str) -> list[psutil.Process]:
         deadline_s = time.monotonic() + PRESENCE_S

@@ -1,3 +1,5 @@
+"""What the fault harness counts as an outage, against a server that refuses clicks alone."""
+
 import json
 import threading
 import time

@@ -3,7 +3,8 @@
 In:  logged events after the last learned one.  Out: deltas of the promoted version, each with the range it covers.
 Knows nothing of HTTP or processes: training/online/actor.py drives it.
 
-    read events ─▶ predict them (progressive validation) ─▶ train_step with some old sequences ─▶ guard ─▶ delta
+    read events ─▶ predict them (progressive validation) ─▶ each user's own row ─▶ train_step with some old sequences
+                ─▶ guard ─▶ delta
 
 Weights, optimiser and offset are one delta, published in one step: after a crash learning goes on from the last one,
 so no event is learned twice and none is left out. When someone moved the pointer, learning continues from where it

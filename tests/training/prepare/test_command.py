@@ -6,7 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
+from cluster.commands.parser import KNOWN_SOURCES
 from cluster.dataset import load_dataset
+from training.prepare.command import SOURCES
 
 CLICKS = """member,sku,at,stars,how
 ann,a,2024-01-01T00:00:00Z,5,rating
@@ -108,3 +110,7 @@ def test_a_file_without_a_usable_row_is_an_error_that_says_why(clicks, tmp_path,
     code, _, err = prepare(tmp_path, capsys, "--events", str(clicks), "--columns", "user=member,item=sku,time=at")
     assert code == 3
     assert "none of 2 rows is usable (bad time: 2)" in err
+
+
+def test_the_sources_offered_are_those_that_can_be_prepared():
+    assert tuple(SOURCES) == KNOWN_SOURCES
