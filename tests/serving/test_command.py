@@ -193,6 +193,7 @@ def test_a_version_is_loaded_without_pandas_whose_import_would_be_a_fifth_of_the
     assert subprocess.run([sys.executable, "-c", script, home.registry]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_click_is_reflected_by_the_next_answer_with_redis_and_while_it_is_away(versions, home, redis_server):
     def click_and_look(item_id: str) -> dict:
         seq = post(f"{url}/v1/feedback", {"user_id": "u0", "item_id": item_id, "kind": "like"})["last_seq"]
