@@ -39,6 +39,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "canary": "training.online.canary:CanaryConfig",
         "drift": "training.online.drift:DriftConfig",
         "join": "training.online.join:JoinConfig",
+        "impressions": "training.online.impressions:ImpressionsConfig",
         "surprise": "training.online.surprise:SurpriseConfig",
         "intake": "training.online.intake:IntakeConfig",
         "serve": "serving.config:ServeConfig",

@@ -117,7 +117,7 @@ class Traffic:
                     answer = await response.json()
                     self.answers.append((asked_s, time.monotonic(), True))
                     return answer
-                failure = f"{path} {response.status}"
+                failure = f"{path} {response.status} {(await response.text())[:240]}"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             failure = f"{path} {error!r:.60}"
         self.answers.append((asked_s, time.monotonic(), False))

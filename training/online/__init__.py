@@ -5,8 +5,10 @@ learner.py    what a step of that is, and what becomes of it: a delta, a rollbac
 model.py      a version taken up for further training, and what changed in it
 sent.py       what replicas have of it
 sequences.py  histories from the log as sequences to learn from
+user_rows.py  a user's own row follows each of their interactions
 predictions.py  what weights said of interactions beforehand
 join.py       impressions with the feedback that followed
+impressions.py  which of these teach the click head, and how much
 intake.py     who is suspicious, and how much an event weighs
 admission.py  events on their way: judged, held in quarantine, let in
 segments.py   which of them are judged apart

@@ -8,6 +8,7 @@ learning, it is the truth, and the quarantine beside the log follows it. Whoever
 again, so that an end between the two loses nothing and lets nothing in twice.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -31,7 +32,9 @@ class Intake:
         self._config = config
         self.quarantine = Quarantine(log.path)
         self._guard = IntakeGuard(config, lambda _: 0.0)
-        self._held: set[int] = set()
+        self._held: dict[int, str] = {}
+        """Number of each event in quarantine, and whose it is."""
+        self._held_of: Counter[str] = Counter()
         self._let_in: set[int] = set()
         self._new: list[Quarantined] = []
         self._learned: list[Quarantined] = []
@@ -45,7 +48,8 @@ class Intake:
                 self._follow(_read(registry.open_delta(ref.version, manifest.ref.delta).table(TABLE)))
         self._new, self._learned = [], []
         known = self.quarantine.find()
-        self._held = {entry.seq for entry in known if entry.state not in _NOT_HELD}
+        self._held = {entry.seq: entry.user_id for entry in known if entry.state not in _NOT_HELD}
+        self._held_of = Counter(self._held.values())
         self._let_in = {entry.seq for entry in known if entry.state in _NOT_HELD}
         self._guard = IntakeGuard(self._config, past_share)
         first_seq = max(applied_seq - self._config.window_events, 0)
@@ -66,6 +70,10 @@ class Intake:
         """Whether an event is in quarantine."""
         return seq in self._held
 
+    def holds_any_of(self, user_id: str) -> bool:
+        """Whether an event of the user is in quarantine."""
+        return self._held_of[user_id] > 0
+
     def take_released(self, max_events: int) -> list[LoggedEvent]:
         """Return events that were released and wait to be learned, oldest first; the next delta says that they were."""
         waiting = self.quarantine.find(states=["released"], limit=max_events)
@@ -74,7 +82,8 @@ class Intake:
         for entry in (entry for entry in waiting if entry.seq not in taken):
             found += self._log.read(entry.seq - 1, 1)
             self._learned.append(entry)
-            self._held.discard(entry.seq)
+            if self._held.pop(entry.seq, None) is not None:
+                self._held_of[entry.user_id] -= 1
             self._let_in.add(entry.seq)
         return found
 
@@ -90,7 +99,9 @@ class Intake:
 
     def _hold(self, logged: LoggedEvent, reasons: tuple[str, ...], score: float) -> None:
         event = logged.event
-        self._held.add(logged.seq)
+        if logged.seq not in self._held:
+            self._held_of[event.user_id] += 1
+        self._held[logged.seq] = event.user_id
         self._new.append(
             Quarantined(
                 seq=logged.seq,

@@ -37,7 +37,11 @@ class Exclusions:
 
     def covers(self, seq: int, user_id: str) -> bool:
         """Whether a user's event is left out; the history that training saw, numbered below 1, never is."""
-        return 1 <= seq <= self.users.get(user_id, 0) or any(first <= seq <= last for first, last in self.ranges)
+        return 1 <= seq <= self.users.get(user_id, 0) or self.covers_everyone(seq)
+
+    def covers_everyone(self, seq: int) -> bool:
+        """Whether an event is left out, whoever's it is."""
+        return any(first <= seq <= last for first, last in self.ranges)
 
     def joined(self, other: Self) -> Self:
         """Return what either leaves out."""

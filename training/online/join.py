@@ -23,11 +23,21 @@ import pyarrow.parquet as pq
 
 from cluster.config import Recipe
 from cluster.errors import ConfigError
-from cluster.events import INTERACTION_KINDS
+from cluster.events import EVENT_SCHEMA, INTERACTION_KINDS, Event
 from cluster.log import EventLog, LoggedEvent
 
 IMPRESSION = "impression"
 READ_EVENTS = 10_000
+STATE_SCHEMA = pa.schema(
+    [
+        *list(EVENT_SCHEMA)[:-1],
+        pa.field("seq", pa.int64()),
+        pa.field("is_open", pa.bool_()),
+        pa.field("label", pa.float64()),
+    ]
+)
+"""Of `Join.state`: an event without its context, and what has become of it."""
+NEWEST = b"newest_us"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +79,14 @@ class Joined:
     position: int | None
     propensity: float | None
     version: str | None
+    seq: int
+    """Of the impression, or of the feedback where there was none."""
     correction: bool = False
     """Takes back the negative that was made of the same impression before."""
     organic: bool = False
     """There was no impression."""
+    repeated: bool = False
+    """The impression has such a label already, or was chosen before: nothing new."""
 
 
 @dataclass(slots=True)
@@ -87,8 +101,8 @@ class JoinCounts:
 @dataclass(slots=True)
 class _Shown:
     logged: LoggedEvent
-    is_negative: bool = False
-    is_rewarded: bool = False
+    label: float | None = None
+    """What it was last an example of."""
 
 
 @dataclass(slots=True)
@@ -121,6 +135,34 @@ class Join:
             found += self._advance(self._watermark_us())
         return found
 
+    def state(self) -> pa.Table:
+        """Return what a later `restored` join needs to go on: what is held back, and what is open with its label."""
+        entries = [(logged, False, None) for _, _, logged in sorted(self._held)]
+        entries += [(shown.logged, True, shown.label) for shown in self._shown.values()]
+        columns: dict[str, list[Any]] = {
+            name: [getattr(logged.event, name) for logged, _, _ in entries] for name in EVENT_SCHEMA.names[:-1]
+        }
+        columns |= {
+            "seq": [logged.seq for logged, _, _ in entries],
+            "is_open": [is_open for _, is_open, _ in entries],
+            "label": [label for _, _, label in entries],
+        }
+        return pa.table(columns, schema=STATE_SCHEMA.with_metadata({NEWEST: str(self._newest_us)}))
+
+    @classmethod
+    def restored(cls, config: JoinConfig, state: pa.Table) -> "Join":
+        """Return the join that `state` was taken of; its counts start anew."""
+        join = cls(config)
+        join._newest_us = int((state.schema.metadata or {})[NEWEST])
+        for row in state.to_pylist():
+            seq, is_open, label = (row.pop(name) for name in ("seq", "is_open", "label"))
+            logged = LoggedEvent(seq, Event(**row), 0)
+            if is_open:
+                join._open(_Shown(logged, label))
+            else:
+                heapq.heappush(join._held, (logged.event.ts_us, seq, logged))
+        return join
+
     def flush(self) -> list[Joined]:
         """Return the rest, as if time had gone on: the stream has ended."""
         return list(self._advance(2**62))
@@ -148,9 +190,11 @@ class Join:
         label = 1.0 if event.kind in INTERACTION_KINDS else 0.0
         if shown is None:
             return [_example(logged, logged, label, organic=True)]
-        correction = label == 1.0 and shown.is_negative
-        shown.is_rewarded, shown.is_negative = True, label == 0.0
-        return [_example(shown.logged, logged, label, correction=correction)]
+        repeated = shown.label is not None and label <= shown.label
+        correction = shown.label is not None and not repeated
+        if not repeated:
+            shown.label = label
+        return [_example(shown.logged, logged, label, correction=correction, repeated=repeated)]
 
     def _show(self, logged: LoggedEvent) -> list[Joined]:
         event = logged.event
@@ -158,17 +202,22 @@ class Join:
         if event.request_id is not None and key in self._shown:
             self.counts.repeated_impressions += 1
             return []
-        if key in self._shown:  # without a request, a later impression of the same is another one
-            key = (event.user_id, event.item_id, f"\x00{logged.seq}")
-        self._shown[key] = _Shown(logged)
-        self._of_pair.setdefault(key[:2], []).append(key)
-        heapq.heappush(self._due, (event.ts_us + int(self.config.wait_s * 1e6), logged.seq, key))
+        self._open(_Shown(logged))
         if len(self._shown) <= self.config.max_open:
             return []
         self.counts.closed_early += 1
         oldest = next(iter(self._shown))
         shown = self._forget(oldest)
-        return [] if shown.is_negative or shown.is_rewarded else [_example(shown.logged, None, 0.0)]
+        return [_example(shown.logged, None, 0.0)] if shown.label is None else []
+
+    def _open(self, shown: _Shown) -> None:
+        event = shown.logged.event
+        key = (event.user_id, event.item_id, event.request_id)
+        if key in self._shown:  # without a request, a later impression of the same is another one
+            key = (event.user_id, event.item_id, f"\x00{shown.logged.seq}")
+        self._shown[key] = shown
+        self._of_pair.setdefault(key[:2], []).append(key)
+        heapq.heappush(self._due, (event.ts_us + int(self.config.wait_s * 1e6), shown.logged.seq, key))
 
     def _find(self, logged: LoggedEvent) -> _Shown | None:
         """Return the impression that feedback is due to: its request's, else the user's last of the item before it."""
@@ -193,9 +242,9 @@ class Join:
             self._forget(key)
             return []
         heapq.heappush(self._due, (forget_us, seq, key))
-        if shown.is_rewarded:
+        if shown.label is not None:
             return []
-        shown.is_negative = True
+        shown.label = 0.0
         return [_example(shown.logged, None, 0.0)]
 
     def _forget(self, key: tuple[str, str, str | None]) -> _Shown:
@@ -247,7 +296,13 @@ def write_joined(log: EventLog, path: Path, config: JoinConfig) -> dict[str, Any
 
 
 def _example(
-    shown: LoggedEvent, feedback: LoggedEvent | None, label: float, *, correction: bool = False, organic: bool = False
+    shown: LoggedEvent,
+    feedback: LoggedEvent | None,
+    label: float,
+    *,
+    correction: bool = False,
+    organic: bool = False,
+    repeated: bool = False,
 ) -> Joined:
     event = shown.event
     return Joined(
@@ -264,4 +319,6 @@ def _example(
         version=event.version,
         correction=correction,
         organic=organic,
+        repeated=repeated,
+        seq=shown.seq,
     )

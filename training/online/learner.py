@@ -4,7 +4,7 @@ In:  logged events after the last learned one.  Out: deltas of the promoted vers
 Knows nothing of HTTP or processes: training/online/actor.py drives it.
 
     read events ─▶ predict them (progressive validation) ─▶ each user's own row ─▶ train_step with some old sequences
-                ─▶ guard ─▶ delta
+                ─▶ join impressions, some of them certain by now ─┘                     ─▶ guard ─▶ delta
 
 Weights, optimiser and offset are one delta, published in one step: after a crash learning goes on from the last one,
 so no event is learned twice and none is left out. When someone moved the pointer, learning continues from where it
@@ -15,11 +15,13 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,7 @@ import torch
 from cluster.config import Recipe
 from cluster.errors import ConfigError, CorruptVersionError
 from cluster.events import INTERACTION_KINDS
-from cluster.log import EventLog, LoggedEvent
+from cluster.log import EventLog, Interaction, LoggedEvent
 from cluster.registry import Manifest, Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.quantized import FORMATS
@@ -50,12 +52,14 @@ from training.online.admission import Intake
 from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
 from training.online.guard import GuardConfig, ProgressiveValidation
+from training.online.impressions import Impressions, ImpressionsConfig
 from training.online.intake import IntakeConfig
+from training.online.join import JoinConfig, Joined
 from training.online.model import LiveModel
 from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
 from training.online.sent import SentRows
-from training.online.sequences import LiveHistory, build_live_sequences, join_sequences
+from training.online.sequences import LiveHistory, build_live_sequences, join_sequences, seen_before
 from training.online.surprise import Surprise, SurpriseConfig
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
@@ -96,6 +100,8 @@ class OnlineConfig:
     rehearsal_sequences: int = 4
     """Sequences of the version's own history mixed into a step, against forgetting."""
     rehearsal_length: int = 50
+    ranked_positions: int = 32
+    """Targets of a step, old ones included, that train the ranker: most of what a step costs."""
     publish_interval_ms: int = 500
     """Least time between deltas."""
     niceness: int = 10
@@ -126,6 +132,7 @@ class OnlineConfig:
             "keep_chains",
             "keep_versions",
             "rehearsal_length",
+            "ranked_positions",
             "publish_interval_ms",
             "poll_interval_ms",
             "compact_every",
@@ -142,6 +149,13 @@ class OnlineConfig:
             raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
         if not 0 <= self.user_rate <= 2:
             raise ConfigError(f"online.user_rate={self.user_rate}: must be from 0 to 2")
+
+
+class Slate(NamedTuple):
+    """What was shown to a user at once, and what came of it."""
+
+    history: LiveHistory
+    examples: list[Joined]
 
 
 class OnlineLearner:
@@ -161,6 +175,7 @@ class OnlineLearner:
         self.drift = DriftDetector(recipe.section(DriftConfig))
         self.surprise = Surprise(recipe.section(SurpriseConfig))
         self.intake = Intake(log, recipe.section(IntakeConfig))
+        self.impressions = Impressions(recipe.section(ImpressionsConfig), recipe.section(JoinConfig))
         self.cache_folder = cache_folder
         self.device = device
         self._follow_pointer(registry.current(), took_up=False)
@@ -175,6 +190,7 @@ class OnlineLearner:
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
         self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed, sent)
+        self.live.dense.ranked_positions = self.config.ranked_positions
         self.guard = ProgressiveValidation(self.guard_config)
         self._segments = Segments(self.live.counts[: len(self.live.items)], len(self.live.users))
         self._good = deque([(ref, 0)])
@@ -191,7 +207,11 @@ class OnlineLearner:
             self.surprise.restore(metrics)
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self.intake.take_up(self.registry, ref, self.applied_seq, self._past_share)
+        self.impressions.take_up(self.registry, ref, self.log, self._counts)
         self._start_delta()
+
+    def _counts(self, logged: LoggedEvent) -> bool:
+        return not (self.exclusions.covers(logged.seq, logged.event.user_id) or self.intake.holds(logged.seq))
 
     def _past_share(self, item_id: str) -> float:
         """Return an item's share of all interactions counted; as if each item had one more."""
@@ -216,7 +236,9 @@ class OnlineLearner:
         included = [logged for logged in events if not self.exclusions.covers(logged.seq, logged.event.user_id)]
         counted, weights = self.intake.admit(included)
         self.set_aside_total += len(events) - len(counted)
-        self._learn(counted, weights)
+        if any(self.exclusions.covers_everyone(logged.seq) for logged in events):
+            self.impressions.clear()
+        self._learn(counted, weights, self.impressions.add(counted))
         self.applied_seq = events[-1].seq
         self.pending_events += len(events)
 
@@ -227,15 +249,22 @@ class OnlineLearner:
             self._learn([logged], {})
         return len(released)
 
-    def _learn(self, counted: Sequence[LoggedEvent], weights: Mapping[int, float]) -> None:
+    def _learn(
+        self, counted: Sequence[LoggedEvent], weights: Mapping[int, float], joined: Sequence[Joined] = ()
+    ) -> None:
         interactions = [logged for logged in counted if logged.event.kind in INTERACTION_KINDS]
         for logged in interactions:
             self.live.count(logged.event.item_id, logged.event.user_id)
-        histories = self._histories(interactions)
+        histories, slates = self._histories(interactions), self._slates(joined)
         if histories:
             sequences = build_live_sequences(histories, self.live.items, weights)
             self._validate(sequences)
-            self._train(sequences)
+            if self.config.user_rate:
+                self.live.learn_users(sequences, self.config.user_rate)
+            self._train([sequences, *self._rehearse()], slates[: self.config.max_events])
+            slates = slates[self.config.max_events :]
+        for first in range(0, len(slates), self.config.max_events):
+            self._train([], slates[first : first + self.config.max_events])
 
     def _validate(self, sequences: Sequences) -> None:
         """Predict what is about to be learned, with the present weights and with those they grew from."""
@@ -276,6 +305,7 @@ class OnlineLearner:
         if (objection := self.surprise.objection()) is not None:
             return self._roll_back(objection, self.guard.recorded - self.surprise.discard())
         metrics: dict[str, object] = {"validation": self.guard.metrics(), **self.surprise.metrics()}
+        metrics |= self.impressions.metrics()
         if drifts := self.drift.take():
             metrics["drift"] = [asdict(drift) for drift in drifts]
         ref = self._publish_delta(change, metrics)
@@ -319,10 +349,11 @@ class OnlineLearner:
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
+        self.impressions.write(draft)
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
         self.ref = draft.publish(
             offset=self.applied_seq,
-            metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | metrics,
+            metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | self.impressions.metrics() | metrics,
             parent=self.ref,
             promote_from=promote_from or self.ref,
         )
@@ -347,6 +378,7 @@ class OnlineLearner:
     def _free_events(self) -> None:
         """Let the log drop what no version of this trainer's own, and no trial, would have to be read again for."""
         own = [manifest.last_seq for manifest in self.registry.versions() if ROOT in manifest.metrics]
+        own.append(self.registry.manifest(VersionRef(self.ref.version)).last_seq)  # whose impressions are joined again
         canary = self.registry.readable_canary()
         trial = [canary.from_seq] if canary else []
         self.log.commit_offset(CONSUMER, min([self.applied_seq, *own, *trial]))
@@ -367,9 +399,10 @@ class OnlineLearner:
         """Undo the learning since the last delta; a delta that changes nothing records the range and the reason."""
         events, last_seq = self.pending_events, self.applied_seq
         self._take_up(self.ref)
+        self.impressions.clear()
         self.pending_events, self.applied_seq = events, last_seq
         self.set_aside_total += events
-        return self._publish_delta(self.live.change(), {"set_aside": objection})
+        return self._publish_delta(self.live.change(), {"set_aside": objection} | self.impressions.metrics())
 
     def _roll_back(self, objection: str, since: int) -> VersionRef:
         """Undo the learning since so many events were recorded: go on from the delta that was the newest then."""
@@ -419,6 +452,7 @@ class OnlineLearner:
         """Publish a new version with the weights of `ref` and its offset behind what was learned after them."""
         was_promoted = self.registry.current()
         self._take_up(ref)
+        self.impressions.clear()
         first_seq, self.applied_seq = self.applied_seq + 1, last_seq
         self.set_aside_total += events_total - self.events_total
         self.events_total = events_total
@@ -444,29 +478,57 @@ class OnlineLearner:
         return [history for history in found if history is not None]
 
     def _history(self, user_id: str, first_new_seq: int, last_seq: int) -> LiveHistory | None:
-        state = self.log.user_state(user_id, self.live.dense.config.max_history + 1, before_seq=last_seq + 1)
-        known = [
-            entry
-            for entry in state.history
-            if self.live.items.row(entry.item_id) != UNKNOWN_ROW
-            and not self.exclusions.covers(entry.seq, user_id)
-            and not self.intake.holds(entry.seq)
-        ]
+        known = self._known(user_id, self.live.dense.config.max_history + 1, last_seq + 1)
         if len(known) < 2 or known[-1].seq < first_new_seq:
             return None
         return LiveHistory(self.live.users.row(user_id), known, first_new_seq)
 
-    def _train(self, sequences: Sequences) -> None:
-        """Take one step on the new interactions, with some of the version's own history again."""
-        if self.config.user_rate:
-            self.live.learn_users(sequences, self.config.user_rate)
-        if self.config.rehearsal_sequences and len(self._rehearsed):
-            targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
-            windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)
-            old = build_sequences(self._rehearsal, windows)
-            old.user_row_B[np.isin(old.user_row_B, list(self.live.reused_rows))] = PAD  # somebody else's by now
-            sequences = join_sequences(sequences, old)
+    def _known(self, user_id: str, max_history: int, before_seq: int) -> list[Interaction]:
+        """Return a user's newest interactions before an event, less those that learning leaves out."""
+        return [
+            entry
+            for entry in self.log.user_state(user_id, max_history, before_seq=before_seq).history
+            if self.live.items.row(entry.item_id) != UNKNOWN_ROW
+            and not self.exclusions.covers(entry.seq, user_id)
+            and not self.intake.holds(entry.seq)
+        ]
+
+    def _slates(self, joined: Sequence[Joined]) -> list[Slate]:
+        """Return what was shown at once to a user who had a history then; users under suspicion teach nothing."""
+        examples_of: dict[tuple[str, str | int], list[Joined]] = {}
+        for example in joined:
+            if self.live.items.row(example.item_id) != UNKNOWN_ROW and not self.intake.holds_any_of(example.user_id):
+                examples_of.setdefault((example.user_id, example.request_id or example.seq), []).append(example)
+        slates = []
+        for (user_id, _), examples in examples_of.items():
+            first_seq = min(example.seq for example in examples)
+            if known := self._known(user_id, self.live.dense.config.max_history, first_seq):
+                slates.append(Slate(seen_before(self.live.users.row(user_id), known), examples))
+        return slates
+
+    def _rehearse(self) -> list[Sequences]:
+        """Return some of the version's own history to learn again, if it has any."""
+        if not self.config.rehearsal_sequences or not len(self._rehearsed):
+            return []
+        targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
+        windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)
+        old = build_sequences(self._rehearsal, windows)
+        old.user_row_B[np.isin(old.user_row_B, list(self.live.reused_rows))] = PAD  # somebody else's by now
+        return [old]
+
+    def _train(self, parts: list[Sequences], slates: Sequence[Slate]) -> None:
+        """Take one step on sequences with targets, and on what was shown."""
+        shown = None
+        if slates:
+            examples = [slate.examples for slate in slates]
+            before = build_live_sequences([slate.history for slate in slates], self.live.items)
+            shown = self.impressions.lay_out(examples, self.live.items)
+            self.impressions.record(examples, shown, self.live.predict_shown(before, shown))
+            placed_K = shown.sequence_K + sum(len(part.user_row_B) for part in parts)
+            shown, parts = shown._replace(sequence_K=placed_K), [*parts, before]
+        sequences = functools.reduce(join_sequences, parts)
         sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data.negative_power)
         negatives = sampler.draw(self.data.negatives, self._rng)
-        loss_scale = float((sequences.target_row_BL != PAD).sum() / self.config.batch_targets)
-        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q), loss_scale)
+        targets = max(int((sequences.target_row_BL != PAD).sum()), 1)
+        batch = build_batch(sequences, negatives, self.live.text, sampler.log_q, shown)
+        self.live.learn(batch, targets / self.config.batch_targets)

@@ -7,7 +7,7 @@ Knows nothing of events, of the log or of when to publish. Needs a process group
 import numpy as np
 import torch
 
-from embeddings.batch import Batch, Sequences
+from embeddings.batch import Batch, Sequences, Shown
 from embeddings.quantized import QuantizedRows
 from embeddings.tables import ITEM, USER, TablesConfig, local_shards
 from embeddings.vocabulary import UNKNOWN_ROW, Vocabulary
@@ -26,7 +26,7 @@ from training.models.version import (
     grow_rows,
     split_checkpoint,
 )
-from training.online.predictions import Predictions, predict
+from training.online.predictions import Predictions, predict, predict_shown
 from training.online.sent import SentRows
 from training.online.user_rows import learn_user_rows
 from training.step import Optimizers, StepConfig, train_step
@@ -152,6 +152,10 @@ class LiveModel:
     def predict(self, sequences: Sequences) -> Predictions:
         """Predict each target with the present weights."""
         return predict(self.dense.eval(), self._rows, self._known_text(), sequences)
+
+    def predict_shown(self, sequences: Sequences, shown: Shown[np.ndarray]) -> np.ndarray:
+        """Return the present click head's logit of each item shown."""
+        return predict_shown(self.dense.eval(), self._rows, self._known_text(), sequences, shown)
 
     def predict_base(self, sequences: Sequences) -> Predictions:
         """Predict each target with the weights it started from."""

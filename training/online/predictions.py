@@ -3,7 +3,8 @@
 In:  the dense part, whole tables, sequences with targets.  Out: `Predictions`, one entry a target.
 Knows nothing of learning or of what a prediction is held against.
 
-Shapes: I items, P targets in row-major order of the sequences, D dimension, E encoder dimension.
+Shapes: I items, B sequences of L interactions, P targets in row-major order of them, K items shown, D dimension,
+E encoder dimension.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embeddings.batch import Sequences
+from embeddings.batch import Sequences, Shown
 from embeddings.tables import ITEM, USER
 from training.models.two_stage import TwoStage
 
@@ -59,10 +60,34 @@ def catalogue_vectors(dense: TwoStage, rows: Mapping[str, torch.Tensor], text_IE
     return dense.item_vectors(rows[ITEM][: len(text_IE)], text_IE)
 
 
+@torch.inference_mode()
+def predict_shown(
+    dense: TwoStage,
+    rows: Mapping[str, torch.Tensor],
+    text_IE: torch.Tensor,
+    sequences: Sequences,
+    shown: Shown[np.ndarray],
+) -> np.ndarray:
+    """Return the click head's logit of each item shown, without where it was shown, [K]."""
+    item_ID = catalogue_vectors(dense, rows, text_IE)
+    user_row_B = torch.from_numpy(sequences.user_row_B).to(item_ID.device)
+    user_BD = _vectors(dense, item_ID, sequences)[:, -1]
+    user_BD = user_BD + rows[USER][user_row_B.clamp(min=0)] * (user_row_B >= 0).unsqueeze(1)
+    sequence_K, item_K = (torch.from_numpy(part).to(item_ID.device) for part in (shown.sequence_K, shown.item_K))
+    log_z_B = (user_BD @ item_ID.T).logsumexp(1)
+    return dense.shown_logits(user_BD[sequence_K], item_ID[item_K], log_z_B[sequence_K]).cpu().numpy()
+
+
 def history_vectors(dense: TwoStage, item_ID: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """Return what the history before each target makes of its user, the user's own row left out, [P, D]."""
+    has_target_BL = torch.from_numpy(sequences.target_row_BL >= 0).to(item_ID.device)
+    return _vectors(dense, item_ID, sequences)[has_target_BL]
+
+
+def _vectors(dense: TwoStage, item_ID: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Return what each interaction and those before it make of their user, the user's own row left out, [B, L, D]."""
     device = item_ID.device
-    user_BLD = dense.user_vectors(
+    return dense.user_vectors(
         item_ID[torch.from_numpy(sequences.item_row_BL).to(device).clamp(min=0)],
         torch.from_numpy(sequences.kind_BL).to(device),
         torch.from_numpy(sequences.value_BL).to(device),
@@ -70,4 +95,3 @@ def history_vectors(dense: TwoStage, item_ID: torch.Tensor, sequences: Sequences
         torch.from_numpy(sequences.item_row_BL >= 0).to(device),
         item_ID.new_zeros(len(sequences.user_row_B), item_ID.shape[1]),
     )
-    return user_BLD[torch.from_numpy(sequences.target_row_BL >= 0).to(device)]

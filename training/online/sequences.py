@@ -24,6 +24,11 @@ class LiveHistory:
     first_new_seq: int
 
 
+def seen_before(user_row: int, interactions: Sequence[Interaction]) -> LiveHistory:
+    """Return the history of a user to whom something was shown: all of it is seen, nothing is to be learned."""
+    return LiveHistory(user_row, [*interactions, interactions[-1]], first_new_seq=2**63)
+
+
 def build_live_sequences(
     histories: Sequence[LiveHistory], items: Vocabulary, weights: Mapping[int, float] | None = None
 ) -> Sequences:

@@ -135,15 +135,42 @@ def join_at_once(events: list[Event], config: JoinConfig) -> Counter:
         negative = not rewards or rewards[0].ts_us > e.ts_us + wait_us
         if negative:
             found[(e.user_id, e.item_id, 0.0, "impression", e.ts_us, False, False)] += 1
+        chosen = False
         for r in rewards:
-            correction = negative and r.kind != "skip"
-            negative = r.kind == "skip"
-            found[(e.user_id, e.item_id, float(r.kind != "skip"), r.kind, e.ts_us, correction, False)] += 1
+            is_choice = r.kind != "skip"
+            correction = is_choice and negative and not chosen
+            negative, chosen = negative or not is_choice, chosen or is_choice
+            found[(e.user_id, e.item_id, float(is_choice), r.kind, e.ts_us, correction, False)] += 1
     return found
 
 
 def as_counter(examples: list[Joined]) -> Counter:
     return Counter((e.user_id, e.item_id, e.label, e.kind, e.ts_us, e.correction, e.organic) for e in examples)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_impression_teaches_at_most_one_negative_and_one_choice(seed):
+    taught: dict[int, list[tuple[float, bool]]] = {}
+    for example in join(*random_stream(seed)):
+        if not (example.organic or example.repeated):
+            taught.setdefault(example.seq, []).append((example.label, example.correction))
+    assert len(taught) > 100
+    assert {tuple(labels) for labels in taught.values()} <= {
+        ((0.0, False),),
+        ((1.0, False),),
+        ((0.0, False), (1.0, True)),
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_restored_join_goes_on_as_if_it_had_never_stopped(seed):
+    events = [LoggedEvent(n, e, 0) for n, e in enumerate(random_stream(seed), 1)]
+    whole, first = Join(CONFIG), Join(CONFIG)
+    cut = random.Random(seed).randrange(len(events))
+    assert whole.add(events[:cut]) == first.add(events[:cut])
+    expected = whole.add(events[cut:]) + whole.flush()
+    restored = Join.restored(CONFIG, first.state())
+    assert sorted(map(repr, restored.add(events[cut:]) + restored.flush())) == sorted(map(repr, expected))
 
 
 @pytest.mark.parametrize("seed", range(20))
