@@ -128,6 +128,7 @@ class KafkaLog(EventLog):
         if self._failure is not None:
             raise EngineError(f"{self.topic}: not followed any more ({self._failure})")
         waiter = _Waiter([], events, Future())
+        waiter.future.set_running_or_notify_cancel()  # what the brokers get cannot be called off
         if not values:
             waiter.future.set_result([])
         for key, value in zip(keys, values, strict=True):

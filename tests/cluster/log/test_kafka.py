@@ -82,6 +82,14 @@ def test_events_are_read_back_in_order_and_known_ids_keep_their_place(servers, t
         assert log.verify().sound
 
 
+def test_a_client_that_hangs_up_calls_nothing_off(servers, topic, tmp_path) -> None:
+    with KafkaLog(tmp_path / "a.db", servers=servers, topic=topic) as log:
+        for number in range(20):
+            assert not log.append_async([click(number)]).cancel()
+        assert log.append([click(20)])[0].seq == 21
+        assert [logged.event.item_id for logged in log.read(0, 100)] == [f"i{number}" for number in range(21)]
+
+
 def test_another_node_folds_the_topic_to_the_same(servers, topic, tmp_path) -> None:
     item = Item(item_id="i1", text="one")
     with (
