@@ -13,34 +13,15 @@ Rows are looked up once a batch however often they occur, so the tables exchange
     positions into them        history_BL = 2 0 2 4    target_BL = 0 2 4 1    negative_S = 1 3 2
 
 Sequences are right-aligned, so the newest interaction is the last column and padding (-1) comes first.
-Shapes: B sequences, L positions, N distinct item rows, S sampled negatives, E encoder dimension, K items shown.
+Shapes: B sequences, L positions, N distinct item rows, S sampled negatives, E encoder dimension.
 """
 
 from dataclasses import dataclass, fields
-from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 PAD = -1
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
-
-
-class Shown(NamedTuple, Generic[Array]):
-    """Items that were shown to users, and whether they were chosen; all [K]. Arrays on the host, tensors in a batch."""
-
-    sequence_K: Array
-    """int64: the sequence that holds what its user did before, and nothing later."""
-    item_K: Array
-    """int64: an item row; in a batch its place in `item_rows_N`."""
-    label_K: Array
-    """float32: 1 chosen, 0 not."""
-    counted_K: Array
-    """float32: 1; 0 where a label of 1 takes back a 0 that was learned of the same, which leaves −logit of its loss."""
-    weight_K: Array
-    """float32."""
-    shift_K: Array
-    """float32: what is added to the logit for where it was shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,31 +72,21 @@ class Batch:
     """float32: how much each target counts."""
     negative_S: torch.Tensor
     """int64 into `item_rows_N`."""
-    shown: Shown[torch.Tensor] | None = None
-    """What was shown and what came of it, where that is known."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`, without waiting for the copy."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "shown"}
-        shown = self.shown and Shown(*(tensor.to(device, non_blocking=True) for tensor in self.shown))
-        return Batch(**moved, shown=shown)
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return Batch(**moved)
 
 
-def build_batch(
-    sequences: Sequences,
-    negative_rows_S: np.ndarray,
-    text: np.ndarray,
-    log_q: np.ndarray,
-    shown: Shown[np.ndarray] | None = None,
-) -> Batch:
+def build_batch(sequences: Sequences, negative_rows_S: np.ndarray, text: np.ndarray, log_q: np.ndarray) -> Batch:
     """List the batch's distinct item rows and express its positions in them.
 
     `text` [rows, E] and `log_q` [rows] are indexed by item row; `text` may be a memory map.
     """
     history, target = sequences.item_row_BL, sequences.target_row_BL
     shape, cells = history.shape, history.size
-    shown_rows_K = shown.item_K if shown else negative_rows_S[:0]
-    stacked = np.concatenate([history.ravel(), target.ravel(), negative_rows_S, shown_rows_K])
+    stacked = np.concatenate([history.ravel(), target.ravel(), negative_rows_S])
     item_rows_N, positions = np.unique(np.maximum(stacked, 0), return_inverse=True)
     present_BL = history != PAD
     target_BL = np.where(target != PAD, positions[cells : 2 * cells].reshape(shape), PAD)
@@ -133,10 +104,5 @@ def build_batch(
         target_BL=torch.from_numpy(target_BL),
         target_rating_BL=torch.from_numpy(sequences.target_rating_BL.astype(np.float32)),
         weight_BL=torch.from_numpy(sequences.weight_BL),
-        negative_S=torch.from_numpy(positions[2 * cells : len(stacked) - len(shown_rows_K)]),
-        shown=shown and _placed(shown, positions[len(stacked) - len(shown_rows_K) :]),
+        negative_S=torch.from_numpy(positions[2 * cells :]),
     )
-
-
-def _placed(shown: Shown[np.ndarray], item_K: np.ndarray) -> Shown[torch.Tensor]:
-    return Shown(*map(torch.from_numpy, shown._replace(item_K=item_K)))

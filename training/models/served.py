@@ -25,6 +25,7 @@ from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
+from training.models.seen import seen_correction
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
     COUNT_ROWS,
@@ -178,11 +179,16 @@ class ServedModel:
             score_I[excluded] = float("-inf")
             wanted = min(max(k, self.dense.config.candidates), len(self.item_ids) - len(excluded))
             candidate_K = score_I.topk(max(wanted, 0)).indices
-            order_K = self.dense.order(user_D, self.item_ID[candidate_K])
+            order_K = self.order(user_D, self.item_ID[candidate_K])
             best_K = order_K.argsort(descending=True, stable=True)[:k]
             scores = np.full(len(self.item_ids), -np.inf, np.float32)
             scores[candidate_K.numpy()] = order_K.numpy()
         return self._candidates(candidate_K[best_K].numpy(), scores, cold_start=False)
+
+    def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
+        """Return the score [K] by which a user's candidates are shown: the ranker's, corrected by what is chosen."""
+        order_K = self.dense.order(user_D, item_KD)
+        return order_K if self.state.seen is None else order_K + seen_correction(self.state.seen, user_D, item_KD)
 
     def user_vector(self, user_id: str, history: Sequence[Interaction]) -> torch.Tensor:
         """Return the user vector [D] after a history of known items, oldest first."""

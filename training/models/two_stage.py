@@ -7,10 +7,10 @@ Knows nothing of tables, sharding or ids: rows arrive as tensors, from TorchRec 
     user_BLD = A·history(item vectors, kinds, values, gaps) + user row
     retrieval loss: softmax over target and sampled negatives, logits corrected by −log Q
                     (Yi et al., RecSys 2019, eq. 5)
-    ranking loss:   over the target and random negatives, one term a head; and over what was shown, chosen or not
+    ranking loss:   over the target and random negatives, one term a head
 
 Shapes: B sequences, L positions, D dimension, N distinct items, S negatives, E encoder dimension, P positions with a
-target, R of them that train the ranker, C candidates a position, K items shown.
+target, R of them that train the ranker, C candidates a position.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from cluster.errors import ConfigError
 from cluster.events import KINDS
-from embeddings.batch import PAD, Batch, Shown
+from embeddings.batch import PAD, Batch
 from training.models.history import (
     HistoryEncoder,
     InteractionEmbedding,
@@ -150,9 +150,6 @@ class TwoStage(nn.Module):
             item_ND.detach(),
             batch,
         )
-        if batch.shown is not None:
-            shown = self._shown_loss(user_BLD[:, -1].detach(), item_ND.detach(), batch.shown, batch)
-            click = click + shown / max(len(target_P), 1)
         return Losses(total=retrieval + click + rating, retrieval=retrieval, click=click, rating=rating)
 
     def _visible(self, user_row_BD: torch.Tensor, has_user_B: torch.Tensor) -> torch.Tensor:
@@ -200,7 +197,8 @@ class TwoStage(nn.Module):
         the log-odds of the item: draws of the target itself are left out of both.
         Keeping only the hardest draws instead would lift everything that is never among them.
         """
-        log_z_R1 = _log_partition(score_RS, batch)
+        log_z_R1 = (score_RS - batch.log_q_N[batch.negative_S]).logsumexp(1, keepdim=True) - math.log(score_RS.shape[1])
+        log_z_R1 = log_z_R1.nan_to_num(neginf=0.0)  # every draw was the target: nothing to estimate it from
         drawn_C = batch.negative_S[:RANKED_DRAWS]
         candidate_RC = torch.cat([target_R.unsqueeze(1), drawn_C.expand(len(target_R), -1)], dim=1)
         user_RCD = user_RD.unsqueeze(1).expand(-1, candidate_RC.shape[1], -1)
@@ -219,30 +217,6 @@ class TwoStage(nn.Module):
         rated_R = rating_R.isfinite()
         error_R = (heads[RATING][:, 0] - rating_R.nan_to_num())[rated_R]
         return click, (weight_R[rated_R] * error_R.square()).sum() / rated_R.sum().clamp(min=1)
-
-    def shown_logits(self, user_KD: torch.Tensor, item_KD: torch.Tensor, log_z_K: torch.Tensor) -> torch.Tensor:
-        """Return the click head's logits [K] of items shown to users, whose scores have such a log-partition."""
-        return self.ranker(user_KD, item_KD, (user_KD * item_KD).sum(-1) - log_z_K)[CLICK]
-
-    def _shown_loss(
-        self, user_BD: torch.Tensor, item_ND: torch.Tensor, shown: Shown[torch.Tensor], batch: Batch
-    ) -> torch.Tensor:
-        """Return the weighted sum of the click head's loss on what was shown. The towers' vectors come detached.
-
-        Binary cross entropy, of which a correction (Ktena et al., RecSys 2019) takes back the negative: for the same
-        logit softplus(−x) − softplus(x) is −x.
-        """
-        user_KD = user_BD[shown.sequence_K]
-        log_z_K = _log_partition(user_KD @ item_ND[batch.negative_S].T, batch).squeeze(1)
-        logit_K = self.shown_logits(user_KD, item_ND[shown.item_K], log_z_K) + shown.shift_K
-        loss_K = shown.counted_K * functional.softplus(logit_K) - shown.label_K * logit_K
-        return (shown.weight_K * loss_K).sum()
-
-
-def _log_partition(score_RS: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return log Σ exp(score) over the catalogue, [R, 1], as estimated from the draws; −inf is left out."""
-    log_z_R1 = (score_RS - batch.log_q_N[batch.negative_S]).logsumexp(1, keepdim=True) - math.log(score_RS.shape[1])
-    return log_z_R1.nan_to_num(neginf=0.0)  # every draw was the target: nothing to estimate it from
 
 
 def build_history_encoder(config: ModelConfig, dim: int) -> HistoryEncoder:

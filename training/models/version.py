@@ -6,6 +6,7 @@ Knows nothing of how it was learned or how it is served.
     rows.safetensors       item [I, D] · user [U, D] · count [I]   one row an id, in vocabulary order
     text.safetensors       text [I, E], apart: it is large, and the next version's is mostly the same
     dense.safetensors      the two-stage model's parameters
+    seen.safetensors       the correction by what of the seen was chosen, where there is one
     optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments
     items.parquet          item_id, text         users.parquet   user_id
     history.parquet        the interactions it was trained on, EVENT_SCHEMA, for user state and rehearsal
@@ -45,6 +46,8 @@ SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_
 """What a version may share with the one before it in memory."""
 TEXTS_AT_ONCE = 4_096
 """Texts made with the interpreter's lock held; requests go on in between."""
+SEEN = "seen"
+"""File of a version, and of a delta that changes it: `VersionState.seen`."""
 ROW_TENSORS = (ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS)
 
 
@@ -66,6 +69,8 @@ class VersionState:
     """Empty where it was not asked for."""
     exact: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Item and user rows as the trainer has them, where `rows` are rounded; empty without the optimiser."""
+    seen: torch.Tensor | None = None
+    """Weights [2D] of `training.models.seen`; none before anything was learned of what was shown."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """File name to checksum, of the files whose content is here as it was read: no delta has changed it since."""
 
@@ -113,6 +118,8 @@ def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
     draft.add_tensors("rows", {name: rows for name, rows in state.trained_rows.items() if name != TEXT_ROWS})
     draft.add_tensors("text", {TEXT_ROWS: state.rows[TEXT_ROWS]})
     draft.add_tensors("dense", state.dense)
+    if state.seen is not None:
+        draft.add_tensors(SEEN, {"weight": state.seen})
     draft.add_tensors("optimizer", state.optimizer)
     draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
     draft.add_table("users", pa.table({"user_id": pa.array(state.user_ids, pa.string())}))
@@ -162,6 +169,7 @@ def read_version(
         rows=rows,
         dense=held.dense if held else reader.tensors("dense"),
         optimizer=reader.tensors("optimizer") if with_optimizer else {},
+        seen=_read_seen(reader),
         sources={name: entry.sha256 for name, entry in reader.manifest.files.items() if name in SHARED_FILES},
     )
     for number in range(1, ref.delta + 1):
@@ -214,6 +222,7 @@ def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
         dense=dense,
         optimizer=optimizer,
         exact=exact,
+        seen=state.seen if (seen := _read_seen(reader)) is None else seen,
         sources=sources,
     )
 
@@ -280,6 +289,10 @@ def _holder(resident: VersionState | None, reader: VersionReader, file_name: str
     entry = reader.manifest.files.get(file_name)
     same = resident is not None and entry is not None and resident.sources.get(file_name) == entry.sha256
     return resident if same else None
+
+
+def _read_seen(reader: VersionReader) -> torch.Tensor | None:
+    return reader.tensors(SEEN)["weight"] if f"{SEEN}.safetensors" in reader.manifest.files else None
 
 
 def _read_items(reader: VersionReader) -> tuple[list[str], list[str]]:

@@ -1,118 +1,180 @@
-"""What was shown and what came of it teaches the click head, without the bias of where and how often it was shown.
+"""What people choose among what they are shown is learned apart from where and how often it was shown.
 
-In:  logged events in order.  Out: joined examples that teach something; `Shown` of them; the running state as metrics.
-Knows nothing of models: whoever asks has the logits. What a history says of its user is left to retrieval, which learns
-from what was chosen alone; from here the click head learns what of the seen is chosen.
+In:  logged events in order; what the model makes of users and items.  Out: weights of a correction to the click head.
+Knows nothing of logs or models. What is seen and passed over must not move what everyone shares: retrieval learns from
+choices alone, and of the seen a linear correction is learned (training/models/seen.py), in one pass:
 
-Where an item stood (Craswell et al., WSDM 2008) is taken out by a bias a position, added to the logit in learning and
-left out in serving; how likely the policy was to show it by inverse propensity, clipped (Bottou et al., JMLR 2013). A
-bias follows its clicks by Newton's steps on the logistic loss, with the curvature of the newest examples.
+    logit of a choice = click head + weights · features + bias of the position           (the bias is not served)
 
-The join's open impressions are saved with a version; a delta leaves them to the log, from which they are joined again.
-Learning that is undone or set aside forgets them, since feedback on them may be in what is left out.
+by logistic regression with a normal posterior, whose mean and precision each batch of examples updates by Laplace's
+approximation (Chapelle and Li, NIPS 2011), with a memory. A position's bias is a weight like the others (Craswell et
+al., WSDM 2008); what the policy was unlikely to show counts for more, up to a bound (Bottou et al., JMLR 2013); a
+choice that comes late takes back the negative before it (Ktena et al., RecSys 2019).
 
-Shapes: K items shown.
+The posterior is published with the deltas that it changed in, the join's open impressions with versions: after a
+restart the events of the deltas are joined again. Learning that is undone or set aside forgets what was open, since
+feedback on it may be in what is left out.
+
+Shapes: K examples, D dimension, F = 2D + positions + 1 weights.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from cluster.errors import ConfigError
 from cluster.log import EventLog, LoggedEvent
-from cluster.registry import Registry, VersionRef
-from embeddings.batch import Shown
-from embeddings.vocabulary import Vocabulary
-from training.models.version import Draft, find_set_aside
+from cluster.registry import Registry, VersionReader, VersionRef
+from training.models.seen import seen_features
+from training.models.version import SEEN, Draft, find_set_aside
 from training.online.join import READ_EVENTS, Join, JoinConfig, Joined
+from training.online.predictions import ShownPairs
 
-TABLE = "shown"
+OPEN, POSTERIOR = "shown", "seen_posterior"
+"""Files of a version: the open impressions; what learning needs besides the weights."""
 METRIC = "shown"
-_CAUTION = 4.0
-"""Curvature that a bias starts with: how many clicks it takes to move."""
-_NEWEST_CURVATURE = 250.0
-"""Curvature kept at most, that of a thousand coin flips: older examples are forgotten."""
-_MOST_STEP = 1.0
+_ITERATIONS = 8
+_REACH = 2.0
+"""By how much a Newton step may move an example's logit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImpressionsConfig:
-    """How much what was shown teaches."""
+    """How what was shown is learned from."""
 
     enabled: bool = True
     positions: int = 50
     """Positions with a bias of their own; what stands further down shares the last. 1 is one bias for all."""
     max_inverse_propensity: float = 10.0
     """Weight at most of what the policy was unlikely to show; 1 leaves propensities out."""
+    prior_precision: float = 50.0
+    """Of each weight, around 0: the larger, the more examples it takes to move one."""
+    memory: int = 200_000
+    """Examples that count: older ones fade."""
     newest: int = 2_000
     """Examples over which what is told of them is averaged, and a user's share is counted."""
     max_user_share: float = 0.1
     """Share of these that one user may have; more weigh less."""
 
     def __post_init__(self) -> None:
-        for name in ("positions", "newest", "max_inverse_propensity"):
+        for name in ("positions", "newest", "memory", "max_inverse_propensity"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"impressions.{name}={getattr(self, name)}: must be at least 1")
+        if self.prior_precision <= 0:
+            raise ConfigError(f"impressions.prior_precision={self.prior_precision}: must be above 0")
         if not 0 < self.max_user_share <= 1:
             raise ConfigError(f"impressions.max_user_share={self.max_user_share}: must be in (0, 1]")
 
 
 @dataclass(slots=True)
-class Running:
-    """What follows the examples, and is published with what they taught."""
+class Told:
+    """What is told of the newest examples, as it was before they were learned."""
 
-    bias: list[float]
-    """By position; the last is of what has none."""
-    curvature: list[float]
-    mean_inverse_propensity: float = 1.0
     examples: int = 0
     log_loss: float = 0.0
-    """Of the click head before it learned, in nats; and so the next two, over the newest examples."""
+    """In nats."""
     predicted: float = 0.0
     chosen: float = 0.0
+    inverse_propensity: float = 1.0
+    """Mean, by which weights are divided."""
+
+    def follow(self, name: str, value_K: np.ndarray, newest: int) -> None:
+        """Let an average follow the newest examples."""
+        share = len(value_K) / min(self.examples + len(value_K), newest)
+        before = getattr(self, name)
+        setattr(self, name, before + min(share, 1.0) * (float(value_K.mean()) - before))
 
 
 @dataclass(slots=True)
+class Posterior:
+    """Normal distribution of the weights; features are divided by `scale`, so that they are about 1."""
+
+    mean_F: np.ndarray
+    precision_FF: np.ndarray
+    scale: float
+
+    def absorb(
+        self,
+        feature_KF: np.ndarray,
+        offset_K: np.ndarray,
+        label_K: np.ndarray,
+        sure_K: np.ndarray,
+        weight_K: np.ndarray,
+    ) -> None:
+        """Take examples in: Newton's steps to the new mode, and the curvature there.
+
+        `sure_K` is 0 for a choice that takes its negative back, of which −logit is left of the two losses; else 1.
+        """
+        mode_F, curvature_FF = self.mean_F, np.zeros_like(self.precision_FF)
+        for _ in range(_ITERATIONS):
+            chance_K = _sigmoid(offset_K + feature_KF @ mode_F)
+            slope_F = feature_KF.T @ (weight_K * (label_K - sure_K * chance_K))
+            slope_F -= self.precision_FF @ (mode_F - self.mean_F)
+            curvature_K = weight_K * sure_K * chance_K * (1 - chance_K)
+            curvature_FF = (feature_KF * curvature_K[:, None]).T @ feature_KF
+            step_F = np.linalg.solve(self.precision_FF + curvature_FF, slope_F)
+            reach = float(np.abs(feature_KF @ step_F).max())
+            mode_F = mode_F + step_F * min(1.0, _REACH / max(reach, 1e-9))
+            if reach < 1e-3:
+                break
+        self.mean_F, self.precision_FF = mode_F, self.precision_FF + curvature_FF
+
+
 class Impressions:
-    """Joins one stream and weighs what comes of it."""
+    """Joins one stream and learns what comes of it."""
 
-    config: ImpressionsConfig
-    join_config: JoinConfig
-    running: Running = field(init=False)
-    _join: Join = field(init=False)
-    _users: deque[str] = field(init=False)
-    _user_counts: Counter[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
+    def __init__(self, config: ImpressionsConfig, join_config: JoinConfig) -> None:
+        self.config, self._join_config = config, join_config
         self.clear()
-        self._users, self._user_counts = deque(), Counter()
-        size = self.config.positions + 1
-        self.running = Running([0.0] * size, [_CAUTION] * size)
+        self._forget()
 
     def clear(self) -> None:
         """Forget the open impressions: feedback on them may be left out of what follows."""
-        self._join = Join(self.join_config)
+        self._join = Join(self._join_config)
+
+    def _forget(self) -> None:
+        self.told = Told()
+        self.posterior: Posterior | None = None
+        self._weight: torch.Tensor | None = None
+        self._is_changed = False
+        self._users: deque[str] = deque()
+        self._user_counts: Counter[str] = Counter()
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """Return the correction's weights [2D] as they are served; none before there was an example."""
+        if self.posterior is None:
+            return self._weight
+        served_F = self.posterior.mean_F[: -self.config.positions - 1] / self.posterior.scale
+        return torch.from_numpy(served_F).float()
 
     def take_up(
-        self, registry: Registry, ref: VersionRef, log: EventLog, counts: Callable[[LoggedEvent], bool]
+        self,
+        registry: Registry,
+        ref: VersionRef,
+        log: EventLog,
+        counts: Callable[[LoggedEvent], bool],
+        weight: torch.Tensor | None,
     ) -> None:
-        """Go on from a version: its own open impressions, and the events of its deltas that count."""
-        self._reset()
+        """Go on from a version with such weights: its posterior, open impressions, and deltas' events that count."""
+        self.clear()
+        self._forget()
         if not self.config.enabled:
             return
-        stated = registry.manifest(ref).metrics.get(METRIC)
-        if stated is not None and len(stated["bias"]) == len(self.running.bias):
-            self.running = Running(**stated)
-        version = registry.open_version(ref.version)
-        if f"{TABLE}.parquet" in version.manifest.files:
-            self._join = Join.restored(self.join_config, version.table(TABLE))
-        for manifest in registry.deltas(ref.version)[: ref.delta]:
+        self._weight = weight
+        self.told = Told(**registry.manifest(ref).metrics.get(METRIC, {}))
+        version, deltas = registry.open_version(ref.version), registry.deltas(ref.version)[: ref.delta]
+        newest = [
+            registry.open_delta(ref.version, m.ref.delta) for m in deltas if f"{POSTERIOR}.safetensors" in m.files
+        ]
+        self._read_posterior((newest or [version])[-1])
+        if f"{OPEN}.parquet" in version.manifest.files:
+            self._join = Join.restored(self._join_config, version.table(OPEN))
+        for manifest in deltas:
             if find_set_aside(manifest) is not None or manifest.first_seq is None:
                 self.clear()
                 continue
@@ -121,61 +183,95 @@ class Impressions:
                 after_seq = events[-1].seq
                 self._join.add([logged for logged in events if counts(logged)])
 
+    def _read_posterior(self, reader: VersionReader) -> None:
+        if f"{POSTERIOR}.safetensors" not in reader.manifest.files:
+            return
+        found = {name: tensor.numpy() for name, tensor in reader.tensors(POSTERIOR).items()}
+        if int(found["positions"]) == self.config.positions:  # else from the weights, as if from a version without
+            self.posterior = Posterior(found["mean"], found["precision"], float(found["scale"]))
+
+    def write(self, draft: Draft, *, whole: bool) -> None:
+        """Add to a version, or to a delta what has changed since the one before."""
+        if self.posterior is not None and (whole or self._is_changed):
+            posterior, number = self.posterior, torch.tensor
+            tensors = {
+                "mean": torch.from_numpy(posterior.mean_F),
+                "precision": torch.from_numpy(posterior.precision_FF),
+            }
+            tensors |= {
+                "scale": number(posterior.scale, dtype=torch.float64),
+                "positions": number(self.config.positions),
+            }
+            draft.add_tensors(POSTERIOR, tensors)
+            if not whole:  # whoever writes a version writes its weights
+                weight = self.weight
+                assert weight is not None
+                draft.add_tensors(SEEN, {"weight": weight})
+        if whole and self.config.enabled:
+            draft.add_table(OPEN, self._join.state())
+        self._is_changed = False
+
+    def metrics(self) -> dict[str, Any]:  # Any: JSON
+        """Return what is told of the examples as a delta's metric; nothing before there was one."""
+        return {METRIC: asdict(self.told)} if self.told.examples else {}
+
     def add(self, events: Sequence[LoggedEvent]) -> list[Joined]:
         """Return what has become certain of impressions, each label of one once."""
         if not self.config.enabled:
             return []
         return [example for example in self._join.add(events) if not (example.organic or example.repeated)]
 
-    def lay_out(self, slates: Sequence[Sequence[Joined]], items: Vocabulary) -> Shown[np.ndarray]:
-        """Return the examples of each slate, whose sequence has the slate's number; every item must have a row."""
-        examples = [example for slate in slates for example in slate]
-        most = self.config.max_inverse_propensity
-        inverse_K = np.array([min(1 / (example.propensity or 1.0), most) for example in examples])
-        self._follow("mean_inverse_propensity", inverse_K)
-        weight_K = inverse_K / self.running.mean_inverse_propensity
-        weight_K *= [self._influence(example.user_id) for example in examples]
-        return Shown(
-            sequence_K=np.repeat(np.arange(len(slates)), [len(slate) for slate in slates]),
-            item_K=np.array([items.row(example.item_id) for example in examples], np.int64),
-            label_K=np.array([example.label for example in examples], np.float32),
-            counted_K=np.array([not example.correction for example in examples], np.float32),
-            weight_K=weight_K.astype(np.float32),
-            shift_K=np.array(self.running.bias, np.float32)[self._positions(examples)],
+    def learn(self, examples: Sequence[Joined], pairs: ShownPairs, item_scale: Callable[[], float]) -> None:
+        """Predict examples, then learn them; `item_scale` is asked for once, when the posterior begins."""
+        posterior = self.posterior or self._begin(pairs.item_KD.shape[1], item_scale())
+        feature_KF = np.concatenate(
+            [
+                seen_features(pairs.user_KD, pairs.item_KD).double().numpy() / posterior.scale,
+                np.eye(self.config.positions + 1)[self._positions(examples)],
+            ],
+            axis=1,
         )
+        offset_K = pairs.logit_K.double().numpy()
+        label_K = np.array([example.label for example in examples])
+        sure_K = np.array([float(not example.correction) for example in examples])
+        self._tell(offset_K + feature_KF @ posterior.mean_F, label_K, sure_K)
+        weight_K = self._weights(examples)
+        self.told.examples += len(examples)
+        fading = (1 - 1 / self.config.memory) ** len(examples)
+        posterior.precision_FF = fading * posterior.precision_FF + (1 - fading) * self._prior(len(posterior.mean_F))
+        posterior.absorb(feature_KF, offset_K, label_K, sure_K, weight_K)
+        self.posterior, self._is_changed = posterior, True
 
-    def record(self, slates: Sequence[Sequence[Joined]], shown: Shown[np.ndarray], logit_K: np.ndarray) -> None:
-        """Note how well examples were predicted before they are learned, and let the biases follow them."""
-        position_K = self._positions([example for slate in slates for example in slate])
-        logit_K = logit_K + shown.shift_K
-        chance_K = 1 / (1 + np.exp(-logit_K.clip(-30, 30)))
-        slope_K = shown.weight_K * (shown.label_K - shown.counted_K * chance_K)
-        curvature_K = shown.weight_K * shown.counted_K * chance_K * (1 - chance_K)
-        for position in np.unique(position_K):
-            here_K = position_K == position
-            curvature = min(self.running.curvature[position] + float(curvature_K[here_K].sum()), _NEWEST_CURVATURE)
-            step = float(slope_K[here_K].sum()) / curvature
-            self.running.curvature[position] = curvature
-            self.running.bias[position] += min(max(step, -_MOST_STEP), _MOST_STEP)
-        first_K = shown.counted_K == 1
-        loss_K = np.logaddexp(0, logit_K) - shown.label_K * logit_K
-        self._follow("log_loss", loss_K[first_K])
-        self._follow("predicted", chance_K[first_K])
-        self._follow("chosen", shown.label_K[first_K])
-        self.running.examples += len(logit_K)
+    def _begin(self, dim: int, scale: float) -> Posterior:
+        size = 2 * dim + self.config.positions + 1
+        mean_F = np.zeros(size)
+        if self._weight is not None:
+            mean_F[: 2 * dim] = self._weight.numpy() * scale
+        return Posterior(mean_F, self._prior(size), scale)
 
-    def metrics(self) -> dict[str, Any]:  # Any: JSON
-        """Return the running state as a delta's metric; nothing before there was an example."""
-        return {METRIC: asdict(self.running)} if self.running.examples else {}
-
-    def write(self, draft: Draft) -> None:
-        """Add the open impressions to a version."""
-        if self.config.enabled:
-            draft.add_table(TABLE, self._join.state())
+    def _prior(self, size: int) -> np.ndarray:
+        """Return the precision before any example: a position's bias is free to move."""
+        positions = self.config.positions + 1
+        return np.diag(np.r_[np.full(size - positions, self.config.prior_precision), np.ones(positions)])
 
     def _positions(self, examples: Sequence[Joined]) -> np.ndarray:
         none, last = self.config.positions, self.config.positions - 1
         return np.array([none if e.position is None else min(e.position, last) for e in examples], np.int64)
+
+    def _tell(self, logit_K: np.ndarray, label_K: np.ndarray, sure_K: np.ndarray) -> None:
+        first_K = sure_K == 1
+        if first_K.any():
+            loss_K = np.logaddexp(0, logit_K) - label_K * logit_K
+            self.told.follow("log_loss", loss_K[first_K], self.config.newest)
+            self.told.follow("predicted", _sigmoid(logit_K[first_K]), self.config.newest)
+            self.told.follow("chosen", label_K[first_K], self.config.newest)
+
+    def _weights(self, examples: Sequence[Joined]) -> np.ndarray:
+        most = self.config.max_inverse_propensity
+        inverse_K = np.array([min(1 / (example.propensity or 1.0), most) for example in examples])
+        self.told.follow("inverse_propensity", inverse_K, self.config.newest)
+        influence_K = np.array([self._influence(example.user_id) for example in examples])
+        return inverse_K / self.told.inverse_propensity * influence_K
 
     def _influence(self, user_id: str) -> float:
         """Return what an example of a user weighs: less than 1 where they have many of the newest."""
@@ -188,10 +284,6 @@ class Impressions:
                 del self._user_counts[gone]
         return min(1.0, self.config.max_user_share * self.config.newest / self._user_counts[user_id])
 
-    def _follow(self, name: str, value_K: np.ndarray) -> None:
-        """Let an average follow the newest examples."""
-        if not len(value_K):
-            return
-        share = len(value_K) / min(self.running.examples + len(value_K), self.config.newest)
-        before = getattr(self.running, name)
-        setattr(self.running, name, before + min(share, 1.0) * (float(value_K.mean()) - before))
+
+def _sigmoid(value_K: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-value_K.clip(-30, 30)))

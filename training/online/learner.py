@@ -4,7 +4,7 @@ In:  logged events after the last learned one.  Out: deltas of the promoted vers
 Knows nothing of HTTP or processes: training/online/actor.py drives it.
 
     read events ─▶ predict them (progressive validation) ─▶ each user's own row ─▶ train_step with some old sequences
-                ─▶ join impressions, some of them certain by now ─┘                     ─▶ guard ─▶ delta
+                ─▶ join impressions ─▶ what of the seen is chosen                       ─▶ guard ─▶ delta
 
 Weights, optimiser and offset are one delta, published in one step: after a crash learning goes on from the last one,
 so no event is learned twice and none is left out. When someone moved the pointer, learning continues from where it
@@ -15,7 +15,6 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
-import functools
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -207,7 +206,7 @@ class OnlineLearner:
             self.surprise.restore(metrics)
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self.intake.take_up(self.registry, ref, self.applied_seq, self._past_share)
-        self.impressions.take_up(self.registry, ref, self.log, self._counts)
+        self.impressions.take_up(self.registry, ref, self.log, self._counts, state.seen)
         self._start_delta()
 
     def _counts(self, logged: LoggedEvent) -> bool:
@@ -255,16 +254,14 @@ class OnlineLearner:
         interactions = [logged for logged in counted if logged.event.kind in INTERACTION_KINDS]
         for logged in interactions:
             self.live.count(logged.event.item_id, logged.event.user_id)
-        histories, slates = self._histories(interactions), self._slates(joined)
+        slates = self._slates(joined)
+        for first in range(0, len(slates), self.config.max_events):
+            self._learn_shown(slates[first : first + self.config.max_events])
+        histories = self._histories(interactions)
         if histories:
             sequences = build_live_sequences(histories, self.live.items, weights)
             self._validate(sequences)
-            if self.config.user_rate:
-                self.live.learn_users(sequences, self.config.user_rate)
-            self._train([sequences, *self._rehearse()], slates[: self.config.max_events])
-            slates = slates[self.config.max_events :]
-        for first in range(0, len(slates), self.config.max_events):
-            self._train([], slates[first : first + self.config.max_events])
+            self._train(sequences)
 
     def _validate(self, sequences: Sequences) -> None:
         """Predict what is about to be learned, with the present weights and with those they grew from."""
@@ -320,6 +317,7 @@ class OnlineLearner:
         draft = self.registry.draft_delta(self.ref.version)
         write_delta(draft, change)
         self.intake.write(draft)
+        self.impressions.write(draft, whole=False)
         self.events_total += self.pending_events
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total}
         metrics = {"events": self.pending_events} | totals | metrics
@@ -346,10 +344,11 @@ class OnlineLearner:
             rows=rows,
             dense=dense,
             optimizer=optimizer,
+            seen=self.impressions.weight,
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
-        self.impressions.write(draft)
+        self.impressions.write(draft, whole=True)
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
         self.ref = draft.publish(
             offset=self.applied_seq,
@@ -388,6 +387,8 @@ class OnlineLearner:
         rows = [part for _, sent in change.rows.values() for part in (sent.value, sent.scale_N) if part is not None]
         own = [value for _, value in change.optimizer_rows.values()]
         tensors = [*rows, *own, *change.dense.values(), *change.optimizer.values()]
+        if (weight := self.impressions.weight) is not None:
+            tensors.append(weight)
         if not all(tensor.isfinite().all() for tensor in tensors):
             return "a weight is not finite"
         if self._newest is None:
@@ -506,29 +507,26 @@ class OnlineLearner:
                 slates.append(Slate(seen_before(self.live.users.row(user_id), known), examples))
         return slates
 
-    def _rehearse(self) -> list[Sequences]:
-        """Return some of the version's own history to learn again, if it has any."""
-        if not self.config.rehearsal_sequences or not len(self._rehearsed):
-            return []
-        targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
-        windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)
-        old = build_sequences(self._rehearsal, windows)
-        old.user_row_B[np.isin(old.user_row_B, list(self.live.reused_rows))] = PAD  # somebody else's by now
-        return [old]
+    def _learn_shown(self, slates: Sequence[Slate]) -> None:
+        """Learn what of the seen was chosen."""
+        examples = [example for slate in slates for example in slate.examples]
+        before = build_live_sequences([slate.history for slate in slates], self.live.items)
+        sequence_K = np.repeat(np.arange(len(slates)), [len(slate.examples) for slate in slates])
+        item_row_K = np.array([self.live.items.row(example.item_id) for example in examples], np.int64)
+        pairs = self.live.predict_shown(before, sequence_K, item_row_K)
+        self.impressions.learn(examples, pairs, self.live.item_scale)
 
-    def _train(self, parts: list[Sequences], slates: Sequence[Slate]) -> None:
-        """Take one step on sequences with targets, and on what was shown."""
-        shown = None
-        if slates:
-            examples = [slate.examples for slate in slates]
-            before = build_live_sequences([slate.history for slate in slates], self.live.items)
-            shown = self.impressions.lay_out(examples, self.live.items)
-            self.impressions.record(examples, shown, self.live.predict_shown(before, shown))
-            placed_K = shown.sequence_K + sum(len(part.user_row_B) for part in parts)
-            shown, parts = shown._replace(sequence_K=placed_K), [*parts, before]
-        sequences = functools.reduce(join_sequences, parts)
+    def _train(self, sequences: Sequences) -> None:
+        """Take one step on the new interactions, with some of the version's own history again."""
+        if self.config.user_rate:
+            self.live.learn_users(sequences, self.config.user_rate)
+        if self.config.rehearsal_sequences and len(self._rehearsed):
+            targets = self._rng.choice(self._rehearsed, self.config.rehearsal_sequences)
+            windows = windows_before(self._rehearsal, targets, self.config.rehearsal_length)
+            old = build_sequences(self._rehearsal, windows)
+            old.user_row_B[np.isin(old.user_row_B, list(self.live.reused_rows))] = PAD  # somebody else's by now
+            sequences = join_sequences(sequences, old)
         sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data.negative_power)
         negatives = sampler.draw(self.data.negatives, self._rng)
-        targets = max(int((sequences.target_row_BL != PAD).sum()), 1)
-        batch = build_batch(sequences, negatives, self.live.text, sampler.log_q, shown)
-        self.live.learn(batch, targets / self.config.batch_targets)
+        loss_scale = float((sequences.target_row_BL != PAD).sum() / self.config.batch_targets)
+        self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q), loss_scale)

@@ -7,7 +7,7 @@ Knows nothing of events, of the log or of when to publish. Needs a process group
 import numpy as np
 import torch
 
-from embeddings.batch import Batch, Sequences, Shown
+from embeddings.batch import Batch, Sequences
 from embeddings.quantized import QuantizedRows
 from embeddings.tables import ITEM, USER, TablesConfig, local_shards
 from embeddings.vocabulary import UNKNOWN_ROW, Vocabulary
@@ -26,7 +26,7 @@ from training.models.version import (
     grow_rows,
     split_checkpoint,
 )
-from training.online.predictions import Predictions, predict, predict_shown
+from training.online.predictions import Predictions, ShownPairs, catalogue_vectors, predict, predict_shown
 from training.online.sent import SentRows
 from training.online.user_rows import learn_user_rows
 from training.step import Optimizers, StepConfig, train_step
@@ -153,9 +153,15 @@ class LiveModel:
         """Predict each target with the present weights."""
         return predict(self.dense.eval(), self._rows, self._known_text(), sequences)
 
-    def predict_shown(self, sequences: Sequences, shown: Shown[np.ndarray]) -> np.ndarray:
-        """Return the present click head's logit of each item shown."""
-        return predict_shown(self.dense.eval(), self._rows, self._known_text(), sequences, shown)
+    def predict_shown(self, sequences: Sequences, sequence_K: np.ndarray, item_row_K: np.ndarray) -> ShownPairs:
+        """Return what the present weights make of items, each shown after all of a sequence."""
+        return predict_shown(self.dense.eval(), self._rows, self._known_text(), sequences, sequence_K, item_row_K)
+
+    def item_scale(self) -> float:
+        """Return the root mean square of what item vectors consist of."""
+        return float(
+            catalogue_vectors(self.dense.eval(), self._rows, self._known_text()).detach().square().mean().sqrt()
+        )
 
     def predict_base(self, sequences: Sequences) -> Predictions:
         """Predict each target with the weights it started from."""

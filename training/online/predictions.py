@@ -9,12 +9,14 @@ E encoder dimension.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from embeddings.batch import Sequences, Shown
+from embeddings.batch import Sequences
 from embeddings.tables import ITEM, USER
+from training.models.ranker import CLICK
 from training.models.two_stage import TwoStage
 
 
@@ -33,6 +35,15 @@ class Predictions:
     def hits(self) -> np.ndarray:
         """1.0 where the item held most likely was the one chosen: its mean is what confidence should be."""
         return (self.rank_P == 1).astype(np.float64)
+
+
+class ShownPairs(NamedTuple):
+    """Users and items shown to them."""
+
+    user_KD: torch.Tensor
+    item_KD: torch.Tensor
+    logit_K: torch.Tensor
+    """The click head's, as if it were the next choice among all items."""
 
 
 @torch.inference_mode()
@@ -66,16 +77,19 @@ def predict_shown(
     rows: Mapping[str, torch.Tensor],
     text_IE: torch.Tensor,
     sequences: Sequences,
-    shown: Shown[np.ndarray],
-) -> np.ndarray:
-    """Return the click head's logit of each item shown, without where it was shown, [K]."""
+    sequence_K: np.ndarray,
+    item_row_K: np.ndarray,
+) -> ShownPairs:
+    """Return what the towers and the click head make of items, each shown after all of a sequence."""
     item_ID = catalogue_vectors(dense, rows, text_IE)
     user_row_B = torch.from_numpy(sequences.user_row_B).to(item_ID.device)
     user_BD = _vectors(dense, item_ID, sequences)[:, -1]
     user_BD = user_BD + rows[USER][user_row_B.clamp(min=0)] * (user_row_B >= 0).unsqueeze(1)
-    sequence_K, item_K = (torch.from_numpy(part).to(item_ID.device) for part in (shown.sequence_K, shown.item_K))
     log_z_B = (user_BD @ item_ID.T).logsumexp(1)
-    return dense.shown_logits(user_BD[sequence_K], item_ID[item_K], log_z_B[sequence_K]).cpu().numpy()
+    user_KD, item_KD = user_BD[sequence_K], item_ID[item_row_K]
+    log_p_K = (user_KD * item_KD).sum(1) - log_z_B[sequence_K]
+    logit_K = dense.ranker(user_KD, item_KD, log_p_K)[CLICK]
+    return ShownPairs(user_KD.cpu(), item_KD.cpu(), logit_K.cpu())
 
 
 def history_vectors(dense: TwoStage, item_ID: torch.Tensor, sequences: Sequences) -> torch.Tensor:
