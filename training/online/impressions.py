@@ -49,7 +49,7 @@ class ImpressionsConfig:
     enabled: bool = True
     positions: int = 50
     """Positions with a bias of their own; what stands further down shares the last. 1 is one bias for all."""
-    max_inverse_propensity: float = 10.0
+    max_inverse_propensity: float = 3.0
     """Weight at most of what the policy was unlikely to show; 1 leaves propensities out."""
     prior_precision: float = 50.0
     """Of each weight, around 0: the larger, the more examples it takes to move one."""

@@ -403,7 +403,8 @@ class OnlineLearner:
         self.impressions.clear()
         self.pending_events, self.applied_seq = events, last_seq
         self.set_aside_total += events
-        return self._publish_delta(self.live.change(), {"set_aside": objection} | self.impressions.metrics())
+        metrics: dict[str, object] = {"set_aside": objection}
+        return self._publish_delta(self.live.change(), metrics | self.impressions.metrics())
 
     def _roll_back(self, objection: str, since: int) -> VersionRef:
         """Undo the learning since so many events were recorded: go on from the delta that was the newest then."""
