@@ -163,9 +163,9 @@ class Impressions:
         """Go on from a version with such weights: its posterior, open impressions, and deltas' events that count."""
         self.clear()
         self._forget()
+        self._weight = weight  # served on where learning is switched off
         if not self.config.enabled:
             return
-        self._weight = weight
         self.told = Told(**registry.manifest(ref).metrics.get(METRIC, {}))
         version, deltas = registry.open_version(ref.version), registry.deltas(ref.version)[: ref.delta]
         newest = [

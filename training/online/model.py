@@ -26,7 +26,7 @@ from training.models.version import (
     grow_rows,
     split_checkpoint,
 )
-from training.online.predictions import Predictions, ShownPairs, catalogue_vectors, predict, predict_shown
+from training.online.predictions import Predictions, ShownPairs, Towers, predict, predict_shown
 from training.online.sent import SentRows
 from training.online.user_rows import learn_user_rows
 from training.step import Optimizers, StepConfig, train_step
@@ -73,6 +73,8 @@ class LiveModel:
         }
         self._sent = sent or SentRows("float32", 0.0)
         self._sent.start({name: (state.rows[name], self._rows[name].cpu()) for name in (ITEM_ROWS, USER_ROWS)})
+        self._known: Towers | None = None
+        self._base_known: Towers | None = None
         self.reused_rows: set[int] = set()
         """User rows that have changed hands since the version was taken up."""
         self._start_counting()
@@ -100,6 +102,7 @@ class LiveModel:
             return
         self.item_texts[row : row + 1] = [text]
         self.text[row] = vector
+        self._known = self._base_known = None
         self._touched_items.add(row)
         self._described.add(row)
 
@@ -139,6 +142,7 @@ class LiveModel:
 
     def learn(self, batch: Batch, loss_scale: float) -> Losses:
         """Take one train step."""
+        self._known = None
         self.model.train()
         losses = train_step(self.model, batch.to(self.device), self.optimizers, loss_scale)
         self._touched_items.update(batch.item_rows_N.tolist())
@@ -147,25 +151,25 @@ class LiveModel:
 
     def learn_users(self, sequences: Sequences, rate: float) -> None:
         """Let the users' own rows follow their interactions; call `learn` with the same ones after it."""
-        learn_user_rows(self.dense.eval(), self._rows, self._known_text(), sequences, rate)
+        learn_user_rows(self._towers(), sequences, rate)
 
     def predict(self, sequences: Sequences) -> Predictions:
         """Predict each target with the present weights."""
-        return predict(self.dense.eval(), self._rows, self._known_text(), sequences)
+        return predict(self._towers(), sequences)
 
     def predict_shown(self, sequences: Sequences, sequence_K: np.ndarray, item_row_K: np.ndarray) -> ShownPairs:
         """Return what the present weights make of items, each shown after all of a sequence."""
-        return predict_shown(self.dense.eval(), self._rows, self._known_text(), sequences, sequence_K, item_row_K)
+        return predict_shown(self._towers(), sequences, sequence_K, item_row_K)
 
     def item_scale(self) -> float:
         """Return the root mean square of what item vectors consist of."""
-        return float(
-            catalogue_vectors(self.dense.eval(), self._rows, self._known_text()).detach().square().mean().sqrt()
-        )
+        return float(self._towers().item_ID.square().mean().sqrt())
 
     def predict_base(self, sequences: Sequences) -> Predictions:
         """Predict each target with the weights it started from."""
-        return predict(self._base, self._base_rows, self._known_text(), sequences)
+        if self._base_known is None:
+            self._base_known = Towers.build(self._base, self._base_rows, self._known_text())
+        return predict(self._base_known, sequences)
 
     @torch.no_grad()
     def change(self) -> Change:
@@ -213,6 +217,13 @@ class LiveModel:
         }
         momentum = {name: tensor for name, tensor in whole.items() if name.endswith(".momentum")}
         return rows, dense, momentum | moments
+
+    def _towers(self) -> Towers:
+        """Return the present weights for prediction; the catalogue's vectors are worked out once a step."""
+        self.dense.eval()
+        if self._known is None:
+            self._known = Towers.build(self.dense, self._rows, self._known_text())
+        return self._known
 
     def _known_text(self) -> torch.Tensor:
         return torch.from_numpy(self.text[: len(self.items)]).to(self.device)

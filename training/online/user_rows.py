@@ -1,6 +1,6 @@
 """A user's row learns each of their interactions at once, by the exact gradient.
 
-In:  the dense part, whole tables, sequences with targets.  Out: the users' rows, moved.
+In:  towers, sequences with targets.  Out: the users' rows, moved.
 Knows nothing of tables' optimisers: what everyone shares, items and dense weights, moves in training/step.py, little an
 event and by what many agree on. A user's row answers to nobody else, so it may follow each event far further than that:
 plain SGD on −log softmax over the whole catalogue, one interaction after the other.
@@ -13,24 +13,17 @@ pays is lost in noise.
 Shapes: B users, R of them with another target, I items, D dimension, P targets.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
 from embeddings.batch import PAD, Sequences
-from embeddings.tables import USER
-from training.models.two_stage import TwoStage
-from training.online.predictions import catalogue_vectors, history_vectors
+from training.online.predictions import Towers
 
 
 @torch.no_grad()
-def learn_user_rows(
-    dense: TwoStage, rows: Mapping[str, torch.Tensor], text_IE: torch.Tensor, sequences: Sequences, rate: float
-) -> None:
+def learn_user_rows(towers: Towers, sequences: Sequences, rate: float) -> None:
     """Move in place the rows of users who have one; a user's sequence is their only one."""
-    item_ID = catalogue_vectors(dense, rows, text_IE)
-    history_PD = history_vectors(dense, item_ID, sequences)
+    item_ID, history_PD = towers.item_ID, towers.before_targets(sequences)
     step = rate / item_ID.square().sum(1).mean().clamp(min=torch.finfo(item_ID.dtype).tiny)
     b_P, l_P = np.nonzero(sequences.target_row_BL != PAD)
     turn_P = np.arange(len(b_P)) - np.searchsorted(b_P, b_P)  # a user's first target, second, …
@@ -40,6 +33,6 @@ def learn_user_rows(
         user_R = torch.from_numpy(sequences.user_row_B[b_P[now_R]]).to(item_ID.device)
         target_R = torch.from_numpy(sequences.target_row_BL[b_P[now_R], l_P[now_R]]).to(item_ID.device)
         weight_R = torch.from_numpy(sequences.weight_BL[b_P[now_R], l_P[now_R]]).to(item_ID.device)
-        row_RD = rows[USER][user_R]
+        row_RD = towers.user_UD[user_R]
         expected_RD = ((history_PD[now_R] + row_RD) @ item_ID.T).softmax(1) @ item_ID
-        rows[USER][user_R] = row_RD + step * weight_R.unsqueeze(1) * (item_ID[target_R] - expected_RD)
+        towers.user_UD[user_R] = row_RD + step * weight_R.unsqueeze(1) * (item_ID[target_R] - expected_RD)

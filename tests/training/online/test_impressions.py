@@ -218,12 +218,12 @@ class TestLearning:
             tell(self, logit_K, label_K, sure_K)
 
         monkeypatch.setattr(Impressions, "_tell", note)
-        loop.show(200, kind="share")
+        loop.show(100, kind="share")
         loop.follow()
-        assert np.mean(gaps[-30:]) > np.mean(gaps[:30]) + 0.5
+        assert np.mean(gaps[-20:]) > np.mean(gaps[:20]) + 0.5
         told = loop.registry.manifest(loop.registry.current()).metrics["shown"]
         assert told["chosen"] == pytest.approx(0.5, abs=0.06)
-        assert told["predicted"] == pytest.approx(0.5, abs=0.1)
+        assert told["predicted"] == pytest.approx(0.5, abs=0.15)
         served = ServedModel.load(loop.registry, loop.registry.current())
         user_D = served.user_vector("u0", loop.log.user_state("u0", 16).history)
         correction_I = seen_correction(served.state.seen, user_D, served.item_ID)

@@ -8,7 +8,7 @@ from embeddings.batch import PAD
 from embeddings.tables import ITEM, USER
 from embeddings.vocabulary import Vocabulary
 from training.models.two_stage import ModelConfig, TwoStage
-from training.online.predictions import catalogue_vectors, history_vectors, predict
+from training.online.predictions import Towers, predict
 from training.online.sequences import LiveHistory, build_live_sequences
 from training.online.user_rows import learn_user_rows
 
@@ -40,35 +40,38 @@ def sequences_of(*users: tuple[int, str], first_new_seq: int = 1, weights: dict[
 
 def test_one_interaction_moves_the_row_down_the_gradient_of_its_loss(dense, rows):
     sequences = sequences_of((1, "abc"), first_new_seq=3)
-    item_ID = catalogue_vectors(dense, rows, TEXT).detach()
+    towers = Towers.build(dense, rows, TEXT)
+    item_ID = towers.item_ID
     row_D = rows[USER][1].clone().requires_grad_()
-    user_1D = history_vectors(dense, item_ID, sequences).detach().clone() + row_D
+    user_1D = towers.before_targets(sequences).detach().clone() + row_D
     (-(user_1D @ item_ID.T).log_softmax(1)[0, 2]).backward()  # item c is row 2
     expected_D = row_D.detach() - 0.5 / item_ID.square().sum(1).mean() * row_D.grad
-    learn_user_rows(dense, rows, TEXT, sequences, rate=0.5)
+    learn_user_rows(Towers.build(dense, rows, TEXT), sequences, rate=0.5)
     torch.testing.assert_close(rows[USER][1], expected_D)
 
 
 def test_interactions_of_one_step_are_learned_one_after_the_other(dense, rows):
     apart = {name: tensor.clone() for name, tensor in rows.items()}
-    learn_user_rows(dense, rows, TEXT, sequences_of((0, "abcd"), (2, "ea")), rate=0.5)
+    learn_user_rows(Towers.build(dense, rows, TEXT), sequences_of((0, "abcd"), (2, "ea")), rate=0.5)
     for alone in (2, 3, 4):  # number of the one that counts
         weights = {number: float(number == alone) for number in (2, 3, 4)}
-        learn_user_rows(dense, apart, TEXT, sequences_of((0, "abcd"), (2, "ea"), weights=weights), rate=0.5)
+        learn_user_rows(
+            Towers.build(dense, apart, TEXT), sequences_of((0, "abcd"), (2, "ea"), weights=weights), rate=0.5
+        )
     torch.testing.assert_close(rows[USER], apart[USER])
 
 
 def test_what_was_chosen_is_held_more_likely_afterwards(dense, rows):
     sequences = sequences_of((0, "abcd"))
-    before = predict(dense, rows, TEXT, sequences).loss_P
+    before = predict(Towers.build(dense, rows, TEXT), sequences).loss_P
     for _ in range(20):
-        learn_user_rows(dense, rows, TEXT, sequences, rate=0.1)
-    assert predict(dense, rows, TEXT, sequences).loss_P.sum() < before.sum()
+        learn_user_rows(Towers.build(dense, rows, TEXT), sequences, rate=0.1)
+    assert predict(Towers.build(dense, rows, TEXT), sequences).loss_P.sum() < before.sum()
 
 
 def test_nobody_else_moves_and_no_item_does(dense, rows):
     before = {name: tensor.clone() for name, tensor in rows.items()}
-    learn_user_rows(dense, rows, TEXT, sequences_of((1, "ab"), (PAD, "cd")), rate=0.5)
+    learn_user_rows(Towers.build(dense, rows, TEXT), sequences_of((1, "ab"), (PAD, "cd")), rate=0.5)
     assert torch.equal(rows[ITEM], before[ITEM])
     assert torch.equal(rows[USER][[0, 2]], before[USER][[0, 2]])
     assert not torch.equal(rows[USER][1], before[USER][1])
@@ -78,8 +81,10 @@ def test_an_interaction_counts_by_its_weight(dense, rows):
     before_D = rows[USER][1].clone()
     half = {name: tensor.clone() for name, tensor in rows.items()}
     none = {name: tensor.clone() for name, tensor in rows.items()}
-    learn_user_rows(dense, rows, TEXT, sequences_of((1, "ab"), first_new_seq=2), rate=0.5)
+    learn_user_rows(Towers.build(dense, rows, TEXT), sequences_of((1, "ab"), first_new_seq=2), rate=0.5)
     for found, weight in ((half, 0.5), (none, 0.0)):
-        learn_user_rows(dense, found, TEXT, sequences_of((1, "ab"), first_new_seq=2, weights={2: weight}), rate=0.5)
+        learn_user_rows(
+            Towers.build(dense, found, TEXT), sequences_of((1, "ab"), first_new_seq=2, weights={2: weight}), rate=0.5
+        )
     torch.testing.assert_close(half[USER][1] - before_D, (rows[USER][1] - before_D) / 2)
     assert torch.equal(none[USER][1], before_D)
