@@ -1,0 +1,137 @@
+"""Collaborative filtering by neighbours: items that the same people have; people who have the same items.
+
+In:  who has what.  Out: scores.
+Similarity of sets a and b of sizes |a| and |b| with n possible members: cosine |a∩b| / √(|a||b|), or Pearson's
+correlation (n|a∩b| − |a||b|) / √(|a|(n − |a|)|b|(n − |b|)). `shrink` is added to the denominator, so
+that little in common says little.
+
+Item-based (Sarwar et al., WWW 2001): an item's score is the sum of its similarities to what the user has, over its k
+nearest items. User-based (Herlocker et al., SIGIR 1999): the sum over the user's k nearest users who have it.
+
+Shapes: U users that are fitted on, B users that are scored, I items, N rows of a block.
+"""
+
+from typing import Literal, Self
+
+import numpy as np
+from scipy import sparse
+
+from cluster.errors import ConfigError
+from training.baselines.interface import IntArray, Scores, join_sparse, split_sparse, with_popular
+
+Similarity = Literal["cosine", "pearson"]
+BLOCK = 512
+"""Rows whose similarities to all others are worked out at once."""
+
+
+class ItemNeighbours:
+    """Item-based collaborative filtering."""
+
+    def __init__(self, neighbours: int = 100, similarity: Similarity = "cosine", shrink: float = 0.0) -> None:
+        _check(neighbours, similarity, shrink)
+        self.neighbours, self.shrink = neighbours, shrink
+        self.similarity: Similarity = similarity
+
+    def fit(self, seen_UI: sparse.csr_array) -> Self:
+        """Find each item's nearest items."""
+        who_IU = sparse.csr_array(seen_UI.T)
+        self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
+        items = len(self.popularity_I)
+        blocks = [
+            _nearest(
+                _similarities(who_IU[start : start + BLOCK], who_IU, self.similarity, self.shrink),
+                self.neighbours,
+                exclude_N=np.arange(start, min(start + BLOCK, items)),
+            )
+            for start in range(0, items, BLOCK)
+        ]
+        self.nearest_II = sparse.csr_array(sparse.vstack(blocks, format="csr"))
+        return self
+
+    def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
+        """Add up what each item's nearest items say."""
+        return with_popular((seen_BI @ self.nearest_II.T).toarray().astype(np.float32), seen_BI, self.popularity_I)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the nearest items."""
+        return split_sparse("nearest", self.nearest_II) | {"popularity": self.popularity_I}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> Self:
+        """Take up the nearest items."""
+        self.popularity_I = arrays["popularity"]
+        self.nearest_II = join_sparse("nearest", arrays, len(self.popularity_I))
+        return self
+
+
+class UserNeighbours:
+    """User-based collaborative filtering."""
+
+    def __init__(self, neighbours: int = 100, similarity: Similarity = "cosine", shrink: float = 0.0) -> None:
+        _check(neighbours, similarity, shrink)
+        self.neighbours, self.shrink = neighbours, shrink
+        self.similarity: Similarity = similarity
+
+    def fit(self, seen_UI: sparse.csr_array) -> Self:
+        """Remember who has what."""
+        self.seen_UI = seen_UI.copy()
+        self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
+        return self
+
+    def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
+        """Add up what the nearest others have; nobody is their own neighbour."""
+        blocks = [
+            _nearest(
+                _similarities(seen_BI[start : start + BLOCK], self.seen_UI, self.similarity, self.shrink),
+                self.neighbours,
+                exclude_N=user_row_B[start : start + BLOCK],
+            )
+            @ self.seen_UI
+            for start in range(0, len(user_row_B), BLOCK)
+        ]
+        scores_BI = sparse.vstack(blocks, format="csr").toarray().astype(np.float32)
+        return with_popular(scores_BI, seen_BI, self.popularity_I)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return who has what."""
+        return split_sparse("seen", self.seen_UI) | {"popularity": self.popularity_I}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> Self:
+        """Take up who has what."""
+        self.popularity_I = arrays["popularity"]
+        self.seen_UI = join_sparse("seen", arrays, len(self.popularity_I))
+        return self
+
+
+def _check(neighbours: int, similarity: str, shrink: float) -> None:
+    if neighbours < 1 or shrink < 0:
+        raise ConfigError(f"neighbours={neighbours}, shrink={shrink}: must be at least 1, and 0 or more")
+    if similarity not in ("cosine", "pearson"):
+        raise ConfigError(f"similarity={similarity!r}: is none of cosine, pearson")
+
+
+def _similarities(
+    some_NM: sparse.csr_array, all_RM: sparse.csr_array, similarity: Similarity, shrink: float
+) -> np.ndarray:
+    """Return the similarity of each of some sets to each of all, [N, R]; 0 where one is empty."""
+    common_NR = (some_NM @ all_RM.T).toarray()
+    size_N1, size_R = some_NM.sum(axis=1)[:, None], all_RM.sum(axis=1)
+    if similarity == "cosine":
+        above_NR, below_NR = common_NR, np.sqrt(size_N1 * size_R) + shrink
+    else:
+        members = len(some_NM[[0]].toarray()[0])
+        above_NR = members * common_NR - size_N1 * size_R
+        below_NR = np.sqrt(size_N1 * (members - size_N1) * size_R * (members - size_R)) + shrink * members
+    return np.divide(above_NR, below_NR, out=np.zeros_like(common_NR), where=below_NR > 0)
+
+
+def _nearest(similarity_NR: np.ndarray, neighbours: int, exclude_N: np.ndarray) -> sparse.csr_array:
+    """Return the largest positive similarities of each row, without that to the row excluded (below 0: none)."""
+    rows = np.flatnonzero(exclude_N >= 0)
+    similarity_NR[rows, exclude_N[rows]] = 0.0
+    kept = min(neighbours, similarity_NR.shape[1])
+    column_NK = np.argpartition(-similarity_NR, kept - 1, axis=1)[:, :kept]
+    value_NK = np.maximum(np.take_along_axis(similarity_NR, column_NK, axis=1), 0.0)
+    starts = np.arange(0, column_NK.size + 1, kept)
+    nearest = sparse.csr_array((value_NK.ravel(), column_NK.ravel(), starts), shape=similarity_NR.shape)
+    nearest.eliminate_zeros()
+    return nearest
