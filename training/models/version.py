@@ -7,7 +7,7 @@ Knows nothing of how it was learned or how it is served.
     text.safetensors       text [I, E], apart: it is large, and the next version's is mostly the same
     dense.safetensors      the two-stage model's parameters
     seen.safetensors       the correction by what of the seen was chosen, where there is one
-    optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments
+    optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments, seen's posterior
     items.parquet          item_id, text         users.parquet   user_id
     history.parquet        the interactions it was trained on, EVENT_SCHEMA, for user state and rehearsal
     recipe.toml            the resolved recipe
@@ -95,6 +95,8 @@ class Change:
     optimizer: Mapping[str, torch.Tensor]
     reused_users: Mapping[int, str] = field(default_factory=dict)
     """Rows that belong to another user from here on."""
+    seen: torch.Tensor | None = None
+    """`VersionState.seen` where it has changed."""
 
 
 class Draft(Protocol):
@@ -133,6 +135,8 @@ def write_delta(draft: Draft, change: Change) -> None:
     scales = {f"{name}.scale": rows.scale_N for name, (_, rows) in change.rows.items() if rows.scale_N is not None}
     draft.add_tensors("rows", _pairs(rounded) | scales)
     draft.add_tensors("dense", change.dense)
+    if change.seen is not None:
+        draft.add_tensors(SEEN, {"weight": change.seen})
     draft.add_tensors("optimizer", {**change.optimizer, **_pairs(change.optimizer_rows)})
     draft.add_table("items", _items_table(change.new_items))
     draft.add_table("users", _users_table(change))

@@ -11,16 +11,16 @@ approximation (Chapelle and Li, NIPS 2011), with a memory. A position's bias is 
 al., WSDM 2008); what the policy was unlikely to show counts for more, up to a bound (Bottou et al., JMLR 2013); a
 choice that comes late takes back the negative before it (Ktena et al., RecSys 2019).
 
-The posterior is published with the deltas that it changed in, the join's open impressions with versions: after a
-restart the events of the deltas are joined again. Learning that is undone or set aside forgets what was open, since
-feedback on it may be in what is left out.
+The posterior is part of the optimiser's state, and published with the deltas that it changed in; the join's open
+impressions are published with versions, and after a restart the events of the deltas are joined again. Learning that is
+undone or set aside forgets what was open, since feedback on it may be in what is left out.
 
 Shapes: K examples, D dimension, F = 2D + positions + 1 weights.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,16 @@ import torch
 
 from cluster.errors import ConfigError
 from cluster.log import EventLog, LoggedEvent
-from cluster.registry import Registry, VersionReader, VersionRef
+from cluster.registry import Registry
 from training.models.seen import seen_features
-from training.models.version import SEEN, Draft, find_set_aside
+from training.models.version import Change, Draft, VersionState, find_set_aside
 from training.online.join import READ_EVENTS, Join, JoinConfig, Joined
 from training.online.predictions import ShownPairs
 
-OPEN, POSTERIOR = "shown", "seen_posterior"
-"""Files of a version: the open impressions; what learning needs besides the weights."""
-METRIC = "shown"
+OPEN = "shown"
+"""File of a version, and metric of a delta: the open impressions; what is told of those that were learned."""
+MEAN, PRECISION, UNIT = "seen.mean", "seen.precision", "seen.unit"
+"""The posterior among the optimiser's tensors."""
 _ITERATIONS = 8
 _REACH = 2.0
 """By how much a Newton step may move an example's logit."""
@@ -153,25 +154,21 @@ class Impressions:
         return torch.from_numpy(served_F).float()
 
     def take_up(
-        self,
-        registry: Registry,
-        ref: VersionRef,
-        log: EventLog,
-        counts: Callable[[LoggedEvent], bool],
-        weight: torch.Tensor | None,
+        self, registry: Registry, state: VersionState, log: EventLog, counts: Callable[[LoggedEvent], bool]
     ) -> None:
-        """Go on from a version with such weights: its posterior, open impressions, and deltas' events that count."""
+        """Go on from a version: its posterior, its open impressions, and the events of its deltas that count."""
         self.clear()
         self._forget()
-        self._weight = weight  # served on where learning is switched off
+        self._weight = state.seen  # served on where learning is switched off
         if not self.config.enabled:
             return
-        self.told = Told(**registry.manifest(ref).metrics.get(METRIC, {}))
+        ref = state.ref
+        self.told = Told(**registry.manifest(ref).metrics.get(OPEN, {}))
+        if MEAN in state.optimizer and state.seen is not None:
+            mean_F, precision_FF = state.optimizer[MEAN].numpy(), state.optimizer[PRECISION].numpy()
+            if len(mean_F) == len(state.seen) + self.config.positions + 1:  # else it begins anew, from the weights
+                self.posterior = Posterior(mean_F, precision_FF, float(state.optimizer[UNIT]))
         version, deltas = registry.open_version(ref.version), registry.deltas(ref.version)[: ref.delta]
-        newest = [
-            registry.open_delta(ref.version, m.ref.delta) for m in deltas if f"{POSTERIOR}.safetensors" in m.files
-        ]
-        self._read_posterior((newest or [version])[-1])
         if f"{OPEN}.parquet" in version.manifest.files:
             self._join = Join.restored(self._join_config, version.table(OPEN))
         for manifest in deltas:
@@ -183,37 +180,31 @@ class Impressions:
                 after_seq = events[-1].seq
                 self._join.add([logged for logged in events if counts(logged)])
 
-    def _read_posterior(self, reader: VersionReader) -> None:
-        if f"{POSTERIOR}.safetensors" not in reader.manifest.files:
-            return
-        found = {name: tensor.numpy() for name, tensor in reader.tensors(POSTERIOR).items()}
-        if int(found["positions"]) == self.config.positions:  # else from the weights, as if from a version without
-            self.posterior = Posterior(found["mean"], found["precision"], float(found["scale"]))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the posterior as part of the optimiser's state; nothing before there was an example."""
+        if self.posterior is None:
+            return {}
+        mean_F, precision_FF = (torch.from_numpy(a) for a in (self.posterior.mean_F, self.posterior.precision_FF))
+        return {MEAN: mean_F, PRECISION: precision_FF, UNIT: torch.tensor(self.posterior.scale, dtype=torch.float64)}
 
-    def write(self, draft: Draft, *, whole: bool) -> None:
-        """Add to a version, or to a delta what has changed since the one before."""
-        if self.posterior is not None and (whole or self._is_changed):
-            posterior, number = self.posterior, torch.tensor
-            tensors = {
-                "mean": torch.from_numpy(posterior.mean_F),
-                "precision": torch.from_numpy(posterior.precision_FF),
-            }
-            tensors |= {
-                "scale": number(posterior.scale, dtype=torch.float64),
-                "positions": number(self.config.positions),
-            }
-            draft.add_tensors(POSTERIOR, tensors)
-            if not whole:  # whoever writes a version writes its weights
-                weight = self.weight
-                assert weight is not None
-                draft.add_tensors(SEEN, {"weight": weight})
-        if whole and self.config.enabled:
-            draft.add_table(OPEN, self._join.state())
+    def added_to(self, change: Change) -> Change:
+        """Return a delta's change with what has changed here since the one before."""
+        if not self._is_changed:
+            return change
+        return replace(change, seen=self.weight, optimizer={**change.optimizer, **self.tensors()})
+
+    def mark_published(self) -> None:
+        """Count changes from here on."""
         self._is_changed = False
+
+    def write_open(self, draft: Draft) -> None:
+        """Add the open impressions to a version."""
+        if self.config.enabled:
+            draft.add_table(OPEN, self._join.state())
 
     def metrics(self) -> dict[str, Any]:  # Any: JSON
         """Return what is told of the examples as a delta's metric; nothing before there was one."""
-        return {METRIC: asdict(self.told)} if self.told.examples else {}
+        return {OPEN: asdict(self.told)} if self.told.examples else {}
 
     def add(self, events: Sequence[LoggedEvent]) -> list[Joined]:
         """Return what has become certain of impressions, each label of one once."""

@@ -206,7 +206,7 @@ class OnlineLearner:
             self.surprise.restore(metrics)
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self.intake.take_up(self.registry, ref, self.applied_seq, self._past_share)
-        self.impressions.take_up(self.registry, ref, self.log, self._counts, state.seen)
+        self.impressions.take_up(self.registry, state, self.log, self._counts)
         self._start_delta()
 
     def _counts(self, logged: LoggedEvent) -> bool:
@@ -294,7 +294,7 @@ class OnlineLearner:
         released = self.learn_released()
         if not self.pending_events and not released:
             return None
-        change = self.live.change()
+        change = self.impressions.added_to(self.live.change())
         if (damage := self._damage(change)) is not None:
             return self._set_aside(damage)
         if (objection := self.guard.objection()) is not None:
@@ -317,13 +317,13 @@ class OnlineLearner:
         draft = self.registry.draft_delta(self.ref.version)
         write_delta(draft, change)
         self.intake.write(draft)
-        self.impressions.write(draft, whole=False)
         self.events_total += self.pending_events
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total}
         metrics = {"events": self.pending_events} | totals | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
         self.intake.note_published()
         self.live.mark_published(change)
+        self.impressions.mark_published()
         self._start_delta()
         return self.ref
 
@@ -343,12 +343,12 @@ class OnlineLearner:
             user_ids=self.live.users.ids,
             rows=rows,
             dense=dense,
-            optimizer=optimizer,
+            optimizer=optimizer | self.impressions.tensors(),
             seen=self.impressions.weight,
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
-        self.impressions.write(draft, whole=True)
+        self.impressions.write_open(draft)
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
         self.ref = draft.publish(
             offset=self.applied_seq,
@@ -357,6 +357,7 @@ class OnlineLearner:
             promote_from=promote_from or self.ref,
         )
         self.live.mark_published()
+        self.impressions.mark_published()
         self._start_delta()
 
     def _drop_old_versions(self) -> None:
@@ -387,8 +388,6 @@ class OnlineLearner:
         rows = [part for _, sent in change.rows.values() for part in (sent.value, sent.scale_N) if part is not None]
         own = [value for _, value in change.optimizer_rows.values()]
         tensors = [*rows, *own, *change.dense.values(), *change.optimizer.values()]
-        if (weight := self.impressions.weight) is not None:
-            tensors.append(weight)
         if not all(tensor.isfinite().all() for tensor in tensors):
             return "a weight is not finite"
         if self._newest is None:
