@@ -11,7 +11,7 @@ import torch
 
 from cluster.config import Recipe
 from cluster.registry import Registry, VersionRef
-from training.models.version import ROW_TENSORS, USER_ROWS, VersionState, read_version
+from training.models.version import ROW_TENSORS, SEEN, USER_ROWS, VersionState, read_version
 
 Json = dict[str, Any]  # Any: whatever JSON holds
 SHOWN_IDS = 20
@@ -27,7 +27,7 @@ def compare_versions(registry: Registry, one: VersionRef, other: VersionRef) -> 
         "items": _compare_ids(before.item_ids, after.item_ids),
         "users": _compare_ids(before.user_ids, after.user_ids),
         "rows": {name: _compare_rows(name, before, after) for name in ROW_TENSORS},
-        "dense": _compare_dense(before.dense, after.dense),
+        "dense": _compare_dense(_dense(before, after.seen), _dense(after, before.seen)),
         "recipe": _compare_recipes(before.recipe, after.recipe),
         "metrics": [dict(registry.manifest(ref).metrics) for ref in (one, other)],
     }
@@ -52,6 +52,12 @@ def _compare_rows(name: str, before: VersionState, after: VersionState) -> Json:
     return {"common": len(pairs), "changed": int((one != other).view(len(pairs), -1).any(1).sum())} | _distance(
         one, other
     )
+
+
+def _dense(state: VersionState, seen_elsewhere: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+    """Return the dense weights and the correction by what is seen, which is zero where only the other has one."""
+    seen = state.seen if state.seen is not None or seen_elsewhere is None else torch.zeros_like(seen_elsewhere)
+    return state.dense if seen is None else {**state.dense, SEEN: seen}
 
 
 def _compare_dense(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Json:

@@ -8,7 +8,7 @@ sequences.py  histories from the log as sequences to learn from
 user_rows.py  a user's own row follows each of their interactions
 predictions.py  what weights said of interactions beforehand
 join.py       impressions with the feedback that followed
-impressions.py  which of these teach the click head, and how much
+impressions.py  what of the seen is chosen, apart from where it was shown
 intake.py     who is suspicious, and how much an event weighs
 admission.py  events on their way: judged, held in quarantine, let in
 segments.py   which of them are judged apart

@@ -70,6 +70,10 @@ class Intake:
         """Whether an event is in quarantine."""
         return seq in self._held
 
+    def has_held(self, seq: int) -> bool:
+        """Whether an event is in quarantine, or was and has been released."""
+        return seq in self._held or seq in self._let_in
+
     def holds_any_of(self, user_id: str) -> bool:
         """Whether an event of the user is in quarantine."""
         return self._held_of[user_id] > 0

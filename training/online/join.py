@@ -28,15 +28,17 @@ from cluster.log import EventLog, LoggedEvent
 
 IMPRESSION = "impression"
 READ_EVENTS = 10_000
+MOST_FORGOTTEN = 10_000
+STATE_FIELDS = ("user_id", "item_id", "kind", "ts_us", "value", "request_id", "position", "propensity")
 STATE_SCHEMA = pa.schema(
     [
-        *list(EVENT_SCHEMA)[:-1],
+        *(EVENT_SCHEMA.field(name) for name in STATE_FIELDS),
         pa.field("seq", pa.int64()),
         pa.field("is_open", pa.bool_()),
         pa.field("label", pa.float64()),
     ]
 )
-"""Of `Join.state`: an event without its context, and what has become of it."""
+"""Of `Join.state`: what joining needs of an event, and what has become of it."""
 NEWEST = b"newest_us"
 
 
@@ -116,8 +118,10 @@ class Join:
     _newest_us: int = 0
     _shown: "OrderedDict[tuple[str, str, str | None], _Shown]" = field(default_factory=OrderedDict)
     """By user, item and request; oldest first, but for those that came late."""
-    _of_pair: dict[tuple[str, str], list[tuple[str, str, str | None]]] = field(default_factory=dict)
-    """Keys of a user's impressions of an item, oldest first."""
+    _of_user: dict[str, dict[str, list[tuple[str, str, str | None]]]] = field(default_factory=dict)
+    """Keys of a user's impressions by item, oldest first."""
+    _forgotten: dict[str, int] = field(default_factory=dict)
+    """The last number of each user whose events up to there are forgotten, as long as some are held back."""
     _due: list[tuple[int, int, tuple[str, str, str | None]]] = field(default_factory=list)
     """When to close each impression as a negative, and again when to forget it."""
 
@@ -128,7 +132,8 @@ class Join:
             ts_us = logged.event.ts_us
             if ts_us < self._watermark_us():
                 self.counts.late += 1
-                found += self._take(logged)
+                if not self._is_long_past(logged):
+                    found += self._take(logged)
             else:
                 heapq.heappush(self._held, (ts_us, logged.seq, logged))
             self._newest_us = max(self._newest_us, ts_us)
@@ -137,10 +142,11 @@ class Join:
 
     def state(self) -> pa.Table:
         """Return what a later `restored` join needs to go on: what is held back, and what is open with its label."""
-        entries = [(logged, False, None) for _, _, logged in sorted(self._held)]
+        held = [logged for _, _, logged in sorted(self._held) if not self._is_forgotten(logged)]
+        entries = [(logged, False, None) for logged in held]
         entries += [(shown.logged, True, shown.label) for shown in self._shown.values()]
         columns: dict[str, list[Any]] = {
-            name: [getattr(logged.event, name) for logged, _, _ in entries] for name in EVENT_SCHEMA.names[:-1]
+            name: [getattr(logged.event, name) for logged, _, _ in entries] for name in STATE_FIELDS
         }
         columns |= {
             "seq": [logged.seq for logged, _, _ in entries],
@@ -156,7 +162,7 @@ class Join:
         join._newest_us = int((state.schema.metadata or {})[NEWEST])
         for row in state.to_pylist():
             seq, is_open, label = (row.pop(name) for name in ("seq", "is_open", "label"))
-            logged = LoggedEvent(seq, Event(**row), 0)
+            logged = LoggedEvent(seq, Event(**row, event_id=""), 0)
             if is_open:
                 join._open(_Shown(logged, label))
             else:
@@ -184,6 +190,8 @@ class Join:
 
     def _take(self, logged: LoggedEvent) -> list[Joined]:
         event = logged.event
+        if self._is_forgotten(logged):
+            return []
         if event.kind == IMPRESSION:
             return self._show(logged)
         shown = self._find(logged)
@@ -216,7 +224,7 @@ class Join:
         if key in self._shown:  # without a request, a later impression of the same is another one
             key = (event.user_id, event.item_id, f"\x00{shown.logged.seq}")
         self._shown[key] = shown
-        self._of_pair.setdefault(key[:2], []).append(key)
+        self._of_user.setdefault(event.user_id, {}).setdefault(event.item_id, []).append(key)
         heapq.heappush(self._due, (event.ts_us + int(self.config.wait_s * 1e6), shown.logged.seq, key))
 
     def _find(self, logged: LoggedEvent) -> _Shown | None:
@@ -226,8 +234,8 @@ class Join:
             found = self._shown.get((event.user_id, event.item_id, event.request_id))
             if found is not None:
                 return found
-        since_us = event.ts_us - int(self.config.attribution_h * 3_600e6)
-        keys = self._of_pair.get((event.user_id, event.item_id), [])
+        since_us = event.ts_us - self._attribution_us()
+        keys = self._of_user.get(event.user_id, {}).get(event.item_id, [])
         within = [key for key in keys if since_us <= self._shown[key].logged.event.ts_us <= event.ts_us]
         if not within:
             return None
@@ -237,7 +245,7 @@ class Join:
         shown = self._shown.get(key)
         if shown is None or shown.logged.seq != seq:
             return []  # closed early
-        forget_us = shown.logged.event.ts_us + int(self.config.attribution_h * 3_600e6) + 1
+        forget_us = shown.logged.event.ts_us + self._attribution_us() + 1
         if due_us >= forget_us:
             self._forget(key)
             return []
@@ -247,11 +255,33 @@ class Join:
         shown.label = 0.0
         return [_example(shown.logged, None, 0.0)]
 
+    def _is_forgotten(self, logged: LoggedEvent) -> bool:
+        return logged.seq <= self._forgotten.get(logged.event.user_id, 0)
+
+    def _is_long_past(self, logged: LoggedEvent) -> bool:
+        """Whether it is an impression to which nothing is due any more: one that has been forgotten looks the same."""
+        return logged.event.kind == IMPRESSION and logged.event.ts_us < self._watermark_us() - self._attribution_us()
+
+    def forget_user(self, user_id: str, seq: int) -> None:
+        """Forget a user's events up to a number: nothing more is to be made of what they were shown."""
+        self._forgotten[user_id] = seq
+        if len(self._forgotten) > MOST_FORGOTTEN:  # what is not held back any more needs no note
+            held_of = {logged.event.user_id for _, _, logged in self._held}
+            self._forgotten = {user: last for user, last in self._forgotten.items() if user in held_of}
+        for keys in self._of_user.pop(user_id, {}).values():
+            for key in keys:
+                del self._shown[key]
+
+    def _attribution_us(self) -> int:
+        return int(self.config.attribution_h * 3_600e6)
+
     def _forget(self, key: tuple[str, str, str | None]) -> _Shown:
-        keys = self._of_pair[key[:2]]
-        keys.remove(key)
-        if not keys:
-            del self._of_pair[key[:2]]
+        of_item = self._of_user[key[0]]
+        of_item[key[1]].remove(key)
+        if not of_item[key[1]]:
+            del of_item[key[1]]
+        if not of_item:
+            del self._of_user[key[0]]
         return self._shown.pop(key)
 
 

@@ -51,7 +51,7 @@ from training.online.admission import Intake
 from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
 from training.online.guard import GuardConfig, ProgressiveValidation
-from training.online.impressions import Impressions, ImpressionsConfig
+from training.online.impressions import Fate, Impressions, ImpressionsConfig
 from training.online.intake import IntakeConfig
 from training.online.join import JoinConfig, Joined
 from training.online.model import LiveModel
@@ -206,11 +206,15 @@ class OnlineLearner:
             self.surprise.restore(metrics)
         self.exclusions = Exclusions.read(self.registry.manifest(VersionRef(ref.version)).metrics)
         self.intake.take_up(self.registry, ref, self.applied_seq, self._past_share)
-        self.impressions.take_up(self.registry, state, self.log, self._counts)
+        self.impressions.take_up(self.registry, state, self.log, self._fate)
         self._start_delta()
 
-    def _counts(self, logged: LoggedEvent) -> bool:
-        return not (self.exclusions.covers(logged.seq, logged.event.user_id) or self.intake.holds(logged.seq))
+    def _fate(self, logged: LoggedEvent) -> Fate:
+        if self.exclusions.covers_everyone(logged.seq):
+            return Fate.ALL_FORGOTTEN
+        if self.exclusions.covers(logged.seq, logged.event.user_id):
+            return Fate.LEFT_OUT
+        return Fate.USER_FORGOTTEN if self.intake.has_held(logged.seq) else Fate.JOINED
 
     def _past_share(self, item_id: str) -> float:
         """Return an item's share of all interactions counted; as if each item had one more."""
@@ -235,9 +239,7 @@ class OnlineLearner:
         included = [logged for logged in events if not self.exclusions.covers(logged.seq, logged.event.user_id)]
         counted, weights = self.intake.admit(included)
         self.set_aside_total += len(events) - len(counted)
-        if any(self.exclusions.covers_everyone(logged.seq) for logged in events):
-            self.impressions.clear()
-        self._learn(counted, weights, self.impressions.add(counted))
+        self._learn(counted, weights, self.impressions.add(events, self._fate))
         self.applied_seq = events[-1].seq
         self.pending_events += len(events)
 
@@ -495,7 +497,10 @@ class OnlineLearner:
         ]
 
     def _slates(self, joined: Sequence[Joined]) -> list[Slate]:
-        """Return what was shown at once to a user who had a history then; users under suspicion teach nothing."""
+        """Return what was shown at once to a user who had a history then; users under suspicion teach nothing.
+
+        The user's own row is left out: it has followed the choice before the choice is certain, and would tell it.
+        """
         examples_of: dict[tuple[str, str | int], list[Joined]] = {}
         for example in joined:
             if self.live.items.row(example.item_id) != UNKNOWN_ROW and not self.intake.holds_any_of(example.user_id):
@@ -504,7 +509,7 @@ class OnlineLearner:
         for (user_id, _), examples in examples_of.items():
             first_seq = min(example.seq for example in examples)
             if known := self._known(user_id, self.live.dense.config.max_history, first_seq):
-                slates.append(Slate(seen_before(self.live.users.row(user_id), known), examples))
+                slates.append(Slate(seen_before(PAD, known), examples))
         return slates
 
     def _learn_shown(self, slates: Sequence[Slate]) -> None:

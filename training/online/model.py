@@ -163,7 +163,7 @@ class LiveModel:
 
     def item_scale(self) -> float:
         """Return the root mean square of what item vectors consist of."""
-        return float(self._towers().item_ID.square().mean().sqrt())
+        return max(float(self._towers().item_ID.square().mean().sqrt()), torch.finfo(torch.float32).tiny)
 
     def predict_base(self, sequences: Sequences) -> Predictions:
         """Predict each target with the weights it started from."""

@@ -14,10 +14,11 @@ from cluster.log import EventLog, LoggedEvent
 from cluster.manifest import VersionRef
 from training.models.seen import seen_correction, seen_features
 from training.models.served import ServedModel
-from training.online.impressions import Impressions, ImpressionsConfig
+from training.online.impressions import Fate, Impressions, ImpressionsConfig
 from training.online.join import Join, JoinConfig, Joined
 from training.online.learner import OnlineLearner
 from training.online.predictions import ShownPairs
+from training.online.undo import publish_without
 
 JOIN = JoinConfig(attribution_h=1.0, wait_s=10.0, lateness_s=0.0)
 QUICK = ("join.wait_s=10", "join.lateness_s=0", "join.attribution_h=1", "guard.enabled=false")
@@ -119,8 +120,16 @@ class TestPosterior:
             impressions.learn(shown, ShownPairs(*(tensor[at] for tensor in given)), lambda: 1.0)
         at_once = build(prior_precision=1.0, memory=10**9, max_user_share=1.0)
         at_once.learn([example(position=0, label=float(c)) for c in chosen_K], given, lambda: 1.0)
-        assert impressions.weight.numpy() == pytest.approx(at_once.weight.numpy(), abs=0.05)
-        assert impressions.weight.numpy() == pytest.approx(planted.numpy(), abs=0.2)
+        assert impressions.weight.numpy() == pytest.approx(at_once.weight.numpy(), abs=0.2 if delayed else 0.05)
+        assert impressions.weight.numpy() == pytest.approx(planted.numpy(), abs=0.25)
+
+    def test_many_late_choices_after_many_negatives_do_not_overshoot(self):
+        impressions = build()
+        shown = [example(user_id=f"u{n}") for n in range(200)]
+        impressions.learn(shown, pairs(200, logit=-12.0), lambda: 1.0)
+        late = [replace(one, label=1.0, correction=True) for one in shown[:40]]
+        impressions.learn(late, pairs(40, logit=-12.0), lambda: 1.0)
+        assert -12.0 + impressions.posterior.mean_F[8] < 3.0  # 40 of 200 are -1.4; all are infinity
 
     def test_the_old_fades(self):
         impressions = build(memory=200, prior_precision=1.0)
@@ -131,6 +140,25 @@ class TestPosterior:
                 shown = [example(user_id=f"u{number}", label=float(c)) for c in chosen]
                 impressions.learn(shown, given, lambda: 1.0)
             assert turn * impressions.weight[0] > 0.5
+
+    def test_a_correction_that_misleads_is_forgotten(self, caplog):
+        impressions = build(newest=200, prior_precision=1.0)
+
+        def learn(rounds: range, turn: float) -> None:
+            for number in rounds:
+                given = pairs(10, seed=number)
+                chosen = (turn * given.item_KD[:, 0] > 0).tolist()
+                shown = [example(user_id=f"u{number}", label=float(c)) for c in chosen]
+                impressions.learn(shown, given, lambda: 1.0)
+
+        learn(range(100), 1.0)
+        assert impressions.weight[0] > 1.0
+        assert impressions.told.log_loss < impressions.told.plain_log_loss
+        assert not caplog.records
+        before = impressions.told.examples
+        learn(range(100, 130), -1.0)
+        assert "forgotten" in caplog.text
+        assert impressions.told.examples < before
 
     def test_positions_beyond_the_last_share_it_and_none_has_its_own(self):
         assert build(positions=2)._positions([example(position=p) for p in (0, 1, 7, None)]).tolist() == [0, 1, 1, 2]
@@ -212,10 +240,10 @@ class TestLearning:
         gaps = []
         tell = Impressions._tell
 
-        def note(self, logit_K, label_K, sure_K):
-            if 0 < label_K.mean() < 1:
+        def note(self, logit_K, plain_K, label_K):
+            if 0 < label_K.sum() < len(label_K):
                 gaps.append(logit_K[label_K == 1].mean() - logit_K[label_K == 0].mean())
-            tell(self, logit_K, label_K, sure_K)
+            tell(self, logit_K, plain_K, label_K)
 
         monkeypatch.setattr(Impressions, "_tell", note)
         loop.show(100, kind="share")
@@ -274,6 +302,47 @@ class TestLearning:
         assert loop.learner.impressions.told.examples == before
         assert open_events(loop.open_learner().impressions) == open_events(loop.learner.impressions) != []
 
+    def test_undoing_some_learning_keeps_the_posterior_of_the_rest(self, open_loop):
+        loop = open_loop()
+        loop.show(40, kind="share")
+        loop.follow()
+        newest = loop.learner.applied_seq
+        publish_without(loop.registry, loop.log, [(newest - 8, newest)], [])
+        successor = loop.open_learner()
+        assert successor.applied_seq < newest - 8
+        assert successor.impressions.posterior is not None
+        assert np.abs(successor.impressions.posterior.mean_F[16:20]).min() > 1.0  # biases, not begun anew
+
+    def test_ranges_left_out_are_forgotten_alike_by_who_restarts(self, open_loop):
+        loop = open_loop("join.wait_s=3000")
+        loop.show(40, kind="share")
+        loop.follow()
+        seq = loop.learner.applied_seq
+        publish_without(loop.registry, loop.log, [(seq // 3, seq // 3 + 3), (2 * seq // 3, 2 * seq // 3 + 3)], [])
+        live = loop.open_learner()
+        loop.follow(live)
+        restarted = loop.open_learner()
+        assert live.applied_seq == restarted.applied_seq == seq
+        assert open_events(restarted.impressions) == open_events(live.impressions) != []
+        assert min(entry["seq"] for entry in open_events(live.impressions)) > 2 * seq // 3
+
+    def test_what_was_held_and_released_is_joined_by_nobody(self, open_loop):
+        lenient = ("intake.max_repeats=3", "intake.burst_events=1000", "intake.min_gap_variation=0")
+        loop = open_loop("intake.enabled=true", *lenient)
+        at_us = 10_000_000_000
+        shown = {"user_id": "u0", "item_id": "i3", "request_id": "r"}
+        loop.log.append([Event(kind="impression", ts_us=at_us, event_id="shown", **shown)])
+        again = [Event(kind="share", ts_us=at_us + n * 700_000, event_id=f"s{n}", **shown) for n in range(1, 6)]
+        loop.log.append(again)
+        loop.follow()
+        assert loop.learner.intake.holds_any_of("u0")
+        held = loop.learner.intake.quarantine.find(states=["held"])
+        loop.learner.intake.quarantine.release(entry.seq for entry in held)
+        loop.learner.publish()
+        for learner in (loop.learner, loop.open_learner()):
+            assert not learner.intake.holds_any_of("u0")
+            assert open_events(learner.impressions) == []
+
     def test_users_under_suspicion_teach_nothing(self, open_loop):
         lenient = ("intake.max_repeats=8", "intake.burst_events=1000", "intake.min_gap_variation=0")
         loop = open_loop("intake.enabled=true", *lenient)
@@ -323,5 +392,5 @@ def test_what_the_join_makes_of_nothing_shown_or_said_again_teaches_nothing():
         Event(user_id="u", item_id="i9", kind="click", ts_us=60_000_000, request_id="s"),
     ]
     logged = [LoggedEvent(seq, event, 0) for seq, event in enumerate(events, 1)]
-    assert [(e.item_id, e.label) for e in impressions.add(logged)] == [("i1", 1.0)]
+    assert [(e.item_id, e.label) for e in impressions.add(logged, lambda _: Fate.JOINED)] == [("i1", 1.0)]
     assert len(Join(JOIN).add(logged)) == 3

@@ -100,6 +100,23 @@ def test_what_comes_later_than_allowed_is_counted_and_still_joined():
     assert (1.0, "click", False, False) in told(found)
 
 
+def test_an_impression_from_before_anything_could_be_due_to_it_says_nothing():
+    stream = Join(CONFIG)
+    stream.add([LoggedEvent(1, event("impression", 10_000, request="now"), 0)])
+    old = [LoggedEvent(n, event("impression", 0, event_id=f"e{n}"), 0) for n in range(2, 50)]
+    assert stream.add(old) == []
+    assert len(stream.flush()) == 1
+
+
+def test_of_a_user_who_is_forgotten_nothing_is_made():
+    stream = Join(CONFIG)
+    shown = [event("impression", 20 * n, user=user, item=f"i{n}") for n, user in enumerate(["u", "v", "u"])]
+    stream.add([LoggedEvent(n, e, 0) for n, e in enumerate(shown, 1)])  # one is open, two are held back
+    stream.forget_user("u", 3)
+    assert {row["user_id"] for row in stream.state().to_pylist()} == {"v"}
+    assert {e.user_id for e in stream.flush()} == {"v"}
+
+
 def random_stream(seed: int, count: int = 400) -> list[Event]:
     rng = random.Random(seed)
     now_s, events = 0.0, []
@@ -199,7 +216,7 @@ def test_it_forgets_what_is_past():
         stream.add([LoggedEvent(n + 1, event("impression", 60.0 * n, request=f"r{n}"), 0)])
     assert len(stream._shown) < 70
     assert len(stream._due) < 140
-    assert sum(map(len, stream._of_pair.values())) == len(stream._shown)
+    assert sum(len(keys) for of_item in stream._of_user.values() for keys in of_item.values()) == len(stream._shown)
 
 
 def test_a_hundred_thousand_events_take_seconds_at_most():
