@@ -5,7 +5,8 @@ Knows nothing of HTTP or of how versions are loaded.
 
 A delta states the events it learned, may hold nothing for some of them (set aside) and may leave rows out until they
 have changed enough. So every event learned counts for the dense weights, which a delta always has all of, and for its
-item's row once that differs from the one served when it was learned; a version of its own has every row whole.
+item's row once that differs from the one served when it was learned, if there was a history to learn it from; a version
+of its own has every row whole.
 """
 
 import time
@@ -80,7 +81,13 @@ class LearnedEvents:
         sent = [logged for logged, is_sent in zip(waiting, sent_N.tolist(), strict=True) if is_sent]
         self._metrics.observe_freshness("row", [logged.acked_us for logged in sent], now_us)
         served = {logged.seq for logged in sent}
-        self._unsent = deque((logged for logged in waiting if logged.seq not in served), maxlen=RECENT_EVENTS)
+        unsent = (logged for logged in waiting if logged.seq not in served and self._teaches(logged, after))
+        self._unsent = deque(unsent, maxlen=RECENT_EVENTS)
+
+    def _teaches(self, logged: LoggedEvent, model: ServedModel) -> bool:
+        """Whether there was a history to learn the event from: a user's first moves nothing, so its row is not due."""
+        state = self._log.user_state(logged.event.user_id, model.max_history + 1, before_seq=logged.seq + 1)
+        return sum(model.knows(entry.item_id) for entry in state.history) > 1
 
     def _set_aside(self, before: ServedModel, after: ServedModel) -> list[range]:
         """Return the events that the chain from one model to the other has passed over without learning them."""

@@ -195,6 +195,19 @@ def test_an_event_whose_item_s_row_a_delta_leaves_out_waits_for_the_one_that_has
     assert timed(metrics) == [4, 4, 4]
 
 
+def test_a_stranger_s_first_event_is_not_waited_for_since_there_is_nothing_to_learn_it_from(
+    versions, log, metrics, start
+):
+    refresher = start()
+    log.append([Event(user_id="nobody yet", item_id=item_id, kind="like", ts_us=0) for item_id in ("i3", "i4")])
+    versions.publish_delta(seed=1, last_seq=2, items=[2])
+    refresher.follow()
+    assert timed(metrics) == [2, 2, 0]
+    versions.publish_delta(seed=2, items=[3, 4])
+    refresher.follow()
+    assert timed(metrics) == [2, 2, 1]  # the second
+
+
 def test_what_teaches_nothing_is_timed_as_passed_over_only(versions, log, metrics, start):
     refresher = start()
     log.append(
