@@ -61,7 +61,7 @@ def looked_at(position_K: np.ndarray) -> np.ndarray:
 
 
 class Taste:
-    """What people like; the same for all, so that the click head has one thing to find."""
+    """What people like; the same for all, so that there is one thing to find."""
 
     def __init__(self, model: ServedModel, people: Sequence[str], log: EventLog, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -175,7 +175,7 @@ def _learned(home: Home, recipe: Recipe, events: Sequence[Event]) -> ServedModel
 
 
 def _shares(learned: ServedModel, first: ServedModel, taste: Taste, people: Sequence[str], log: EventLog) -> np.ndarray:
-    """Return each person's expected clicks on the top ten by the learned click head, over those of the best ten.
+    """Return each person's expected clicks on the top ten in the learned order, over those of the best ten.
 
     Candidates and histories are those from before, so that the order alone is judged.
     """

@@ -45,6 +45,8 @@ class LearnedEvents:
         """Last event whose way into the weights has been timed, or came before this replica."""
         self._unsent: deque[LoggedEvent] = deque(maxlen=RECENT_EVENTS)
         """Learned, but its item's row is not served yet."""
+        self._asked_seq = 0
+        """Last event of which it is known whether it taught anything."""
 
     def start(self) -> None:
         """Time events from here on."""
@@ -81,7 +83,9 @@ class LearnedEvents:
         sent = [logged for logged, is_sent in zip(waiting, sent_N.tolist(), strict=True) if is_sent]
         self._metrics.observe_freshness("row", [logged.acked_us for logged in sent], now_us)
         served = {logged.seq for logged in sent}
-        unsent = (logged for logged in waiting if logged.seq not in served and self._teaches(logged, after))
+        unsent = [logged for logged in waiting if logged.seq not in served]
+        unsent = [logged for logged in unsent if logged.seq <= self._asked_seq or self._teaches(logged, after)]
+        self._asked_seq = self._timed_seq
         self._unsent = deque(unsent, maxlen=RECENT_EVENTS)
 
     def _teaches(self, logged: LoggedEvent, model: ServedModel) -> bool:

@@ -24,13 +24,27 @@ BLOCK = 512
 """Rows whose similarities to all others are worked out at once."""
 
 
-class ItemNeighbours:
-    """Item-based collaborative filtering."""
+class _Neighbours:
+    """How many count, and how alike two are."""
 
     def __init__(self, neighbours: int = 100, similarity: Similarity = "cosine", shrink: float = 0.0) -> None:
-        _check(neighbours, similarity, shrink)
+        if neighbours < 1 or shrink < 0:
+            raise ConfigError(f"neighbours={neighbours}, shrink={shrink}: must be at least 1, and 0 or more")
+        if similarity not in ("cosine", "pearson"):
+            raise ConfigError(f"similarity={similarity!r}: is none of cosine, pearson")
         self.neighbours, self.shrink = neighbours, shrink
         self.similarity: Similarity = similarity
+
+    def _nearest(
+        self, some_NM: sparse.csr_array, all_RM: sparse.csr_array, members: int, exclude_N: np.ndarray
+    ) -> sparse.csr_array:
+        """Return the similarity of each of some sets, of so many possible members, to its nearest of all, [N, R]."""
+        similarity_NR = _similarities(some_NM, all_RM, members, self.similarity, self.shrink)
+        return _largest(similarity_NR, self.neighbours, exclude_N)
+
+
+class ItemNeighbours(_Neighbours):
+    """Item-based collaborative filtering."""
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Find each item's nearest items."""
@@ -38,9 +52,10 @@ class ItemNeighbours:
         self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
         items = len(self.popularity_I)
         blocks = [
-            _nearest(
-                _similarities(who_IU[start : start + BLOCK], who_IU, self.similarity, self.shrink),
-                self.neighbours,
+            self._nearest(
+                who_IU[start : start + BLOCK],
+                who_IU,
+                members=len(seen_UI.indptr) - 1,
                 exclude_N=np.arange(start, min(start + BLOCK, items)),
             )
             for start in range(0, items, BLOCK)
@@ -63,13 +78,8 @@ class ItemNeighbours:
         return self
 
 
-class UserNeighbours:
+class UserNeighbours(_Neighbours):
     """User-based collaborative filtering."""
-
-    def __init__(self, neighbours: int = 100, similarity: Similarity = "cosine", shrink: float = 0.0) -> None:
-        _check(neighbours, similarity, shrink)
-        self.neighbours, self.shrink = neighbours, shrink
-        self.similarity: Similarity = similarity
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Remember who has what."""
@@ -80,9 +90,10 @@ class UserNeighbours:
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Add up what the nearest others have; nobody is their own neighbour."""
         blocks = [
-            _nearest(
-                _similarities(seen_BI[start : start + BLOCK], self.seen_UI, self.similarity, self.shrink),
-                self.neighbours,
+            self._nearest(
+                seen_BI[start : start + BLOCK],
+                self.seen_UI,
+                members=len(self.popularity_I),
                 exclude_N=user_row_B[start : start + BLOCK],
             )
             @ self.seen_UI
@@ -102,15 +113,8 @@ class UserNeighbours:
         return self
 
 
-def _check(neighbours: int, similarity: str, shrink: float) -> None:
-    if neighbours < 1 or shrink < 0:
-        raise ConfigError(f"neighbours={neighbours}, shrink={shrink}: must be at least 1, and 0 or more")
-    if similarity not in ("cosine", "pearson"):
-        raise ConfigError(f"similarity={similarity!r}: is none of cosine, pearson")
-
-
 def _similarities(
-    some_NM: sparse.csr_array, all_RM: sparse.csr_array, similarity: Similarity, shrink: float
+    some_NM: sparse.csr_array, all_RM: sparse.csr_array, members: int, similarity: Similarity, shrink: float
 ) -> np.ndarray:
     """Return the similarity of each of some sets to each of all, [N, R]; 0 where one is empty."""
     common_NR = (some_NM @ all_RM.T).toarray()
@@ -118,13 +122,12 @@ def _similarities(
     if similarity == "cosine":
         above_NR, below_NR = common_NR, np.sqrt(size_N1 * size_R) + shrink
     else:
-        members = len(some_NM[[0]].toarray()[0])
         above_NR = members * common_NR - size_N1 * size_R
         below_NR = np.sqrt(size_N1 * (members - size_N1) * size_R * (members - size_R)) + shrink * members
     return np.divide(above_NR, below_NR, out=np.zeros_like(common_NR), where=below_NR > 0)
 
 
-def _nearest(similarity_NR: np.ndarray, neighbours: int, exclude_N: np.ndarray) -> sparse.csr_array:
+def _largest(similarity_NR: np.ndarray, neighbours: int, exclude_N: np.ndarray) -> sparse.csr_array:
     """Return the largest positive similarities of each row, without that to the row excluded (below 0: none)."""
     rows = np.flatnonzero(exclude_N >= 0)
     similarity_NR[rows, exclude_N[rows]] = 0.0
