@@ -130,14 +130,14 @@ def _delta_bytes(registry: Registry, recipe: Recipe, row_format: str) -> dict[st
     step = StepConfig(learning_rate=online.learning_rate, weight_decay=0.0, clip_norm=online.clip_norm)
     live = LiveModel(state, step, online.table_rate, torch.device("cpu"), 0, SentRows(row_format, 0.0))
     rng = np.random.default_rng(0)
-    sampler = NegativeSampler(live.counts, data.negative_power)
+    sampler = NegativeSampler(live.counts, data)
     rows = len(state.item_ids)
     learned = 0
     while learned < EVENTS_A_SECOND:
         events = min(online.max_events, EVENTS_A_SECOND - learned)
         sequences = _zipf_sequences(rng, rows, events)
         live.learn(
-            build_batch(sequences, sampler.draw(data.negatives, rng), live.text, sampler.log_q),
+            build_batch(sequences, sampler.draw(rng), live.text, sampler.log_q),
             events / online.batch_targets,
         )
         for user, item in zip(sequences.user_row_B, sequences.target_row_BL[:, -1], strict=True):

@@ -3,8 +3,9 @@
 In:  a dataset, the recipe, item text vectors.  Out: `TrainingInputs`, the same in every worker.
 Knows nothing of models or workers.
 
-    events by time   |────────── train ──────────|─ validation ─|── never seen: for replay ──|
-                     0                       train_fraction · (1 − validation_fraction)   train_fraction
+    data.split = "time"            |────────── train ──────────|─ validation ─|── never seen: for replay ──|
+                                   0    train_fraction · (1 − validation_fraction)   train_fraction
+    data.split = "leave_one_out"   each user's interactions: all but two train, the next validates, the last is not seen
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -36,34 +37,60 @@ class TrainingInputs:
     train: History
     full: History
     """`train` and the validation interactions."""
-    validation_from: int
-    """Place in time order at which validation starts."""
+    validation: np.ndarray
+    """Indices into `full` of the interactions to validate on: none is its user's first."""
     sampler: NegativeSampler
 
 
 def load_inputs(dataset: Dataset, data: DataConfig, tables: TablesConfig, text_path: Path) -> TrainingInputs:
     """Read the training share of a dataset. Raises `DataError` when it holds nothing to learn from."""
-    events = training_events(dataset, data)
+    events, validates = _split(dataset.events(), data)
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
-    validation_from = int(len(events) * (1 - data.validation_fraction))
-    train = build_history(events.slice(0, validation_from), items, users)
+    train = build_history(events.filter(pa.array(~validates)), items, users)
     if not (train.ends - train.starts > 1).any():
-        raise DataError(f"{dataset.path}: no user has two interactions among the {validation_from:,} training events")
+        raise DataError(
+            f"{dataset.path}: no user has two interactions among the {(~validates).sum():,} training events"
+        )
+    full = build_history(events, items, users)
+    later = validates[full.order]
+    later[full.starts] = False
     return TrainingInputs(
         items=items,
         users=users,
         text=np.load(text_path, mmap_mode="r"),
         train=train,
-        full=build_history(events, items, users),
-        validation_from=validation_from,
-        sampler=NegativeSampler(np.bincount(train.item_row, minlength=len(items)), data.negative_power),
+        full=full,
+        validation=np.flatnonzero(later),
+        sampler=NegativeSampler(np.bincount(train.item_row, minlength=len(items)), data),
     )
 
 
-def training_events(dataset: Dataset, data: DataConfig) -> pa.Table:
-    """Return the events that training may see: the first `train_fraction` by time."""
-    events = dataset.events()
-    return events.slice(0, int(len(events) * data.train_fraction))
+def training_events(dataset: Dataset, data: DataConfig, columns: list[str] | None = None) -> pa.Table:
+    """Return the events that training may see, in order of time, those it validates on included.
+
+    Of `columns`, where not all are wanted, `kind` and `user_id` must be two.
+    """
+    return _split(dataset.events(columns), data)[0]
+
+
+def _split(events: pa.Table, data: DataConfig) -> tuple[pa.Table, np.ndarray]:
+    """Return the events that training may see, and which of them it validates on."""
+    if data.split == "time":
+        seen = int(len(events) * data.train_fraction)
+        return events.slice(0, seen), np.arange(seen) >= int(seen * (1 - data.validation_fraction))
+    left_N = _left_of_user(events)
+    return events.filter(pa.array(left_N != 0)), left_N[left_N != 0] == 1
+
+
+def _left_of_user(events: pa.Table) -> np.ndarray:
+    """Return how many interactions each one's user has after it; −1 for what is none."""
+    left_N = np.full(len(events), -1)
+    chosen = np.flatnonzero(pc.is_in(events["kind"], pa.array(sorted(INTERACTION_KINDS))).to_numpy())
+    user_N = pc.dictionary_encode(events["user_id"].combine_chunks()).indices.to_numpy()[chosen]
+    by_user = np.argsort(user_N, kind="stable")
+    ends = np.cumsum(np.bincount(user_N))
+    left_N[chosen[by_user]] = ends[user_N[by_user]] - 1 - np.arange(len(chosen))
+    return left_N
 
 
 def build_item_vocabulary(dataset: Dataset, tables: TablesConfig) -> Vocabulary:

@@ -35,7 +35,7 @@ from embeddings.tables import ITEM, USER, TablesConfig, build_bags, build_tables
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.examples.footprint import ids_an_example, stream_footprint
 from training.examples.stream import StreamConfig
-from training.inputs import build_item_vocabulary, build_user_vocabulary
+from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.click import ClickConfig, ClickDense, ClickModel
 from training.models.recommender import Recommender
 from training.models.two_stage import ModelConfig, TwoStage
@@ -132,8 +132,7 @@ def click_job(recipe: Recipe, examples: Examples, workers: int) -> Job:
 def two_stage_job(recipe: Recipe, dataset: Dataset, workers: int, home: Home) -> Job:
     """Return the two-stage recommender's job: every worker holds the interactions and the items' text vectors."""
     tables = recipe.section(TablesConfig)
-    events = dataset.events(["kind", "user_id"])  # of the columns, what vocabularies are built from
-    events = events.slice(0, int(len(events) * recipe.section(DataConfig).train_fraction))
+    events = training_events(dataset, recipe.section(DataConfig), ["kind", "user_id"])
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
     text_dim = _text_dim(TextEncoder(recipe.section(EncoderConfig), home.cache))
     with torch.device("meta"):

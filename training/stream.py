@@ -23,11 +23,16 @@ from cluster.events import INTERACTION_KINDS, KINDS
 from embeddings.batch import PAD, Batch, Sequences, build_batch
 from embeddings.vocabulary import UNKNOWN_ROW, Vocabulary
 
+SPLITS = ("time", "leave_one_out")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """How events are split and batched."""
 
+    split: str = "time"
+    """`time`: training sees the first share of the events; `leave_one_out`: all but each user's last interaction, and
+    the last but one is for validation."""
     train_fraction: float = 0.9
     """Share of events, by time, that training may see; the rest is for replay."""
     validation_fraction: float = 0.03
@@ -35,17 +40,19 @@ class DataConfig:
     batch_sequences: int = 64
     """Sequences a step, over all workers together."""
     negatives: int = 1024
-    """Sampled negatives a step and worker."""
+    """Sampled negatives a step and worker; 0 takes every item instead, which makes the loss a full softmax."""
     negative_power: float = 0.75
     """Negatives are drawn with probability ∝ (count + 1)^power."""
 
     def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"data.split={self.split!r}: is none of {', '.join(SPLITS)}")
         for name in ("train_fraction", "validation_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be between 0 and 1")
-        for name in ("batch_sequences", "negatives"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("batch_sequences", 1), ("negatives", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,18 +155,21 @@ def build_sequences(history: History, windows: Windows) -> Sequences:
 
 
 class NegativeSampler:
-    """Draws item rows by smoothed popularity and knows with which probability."""
+    """Draws item rows by smoothed popularity and knows with which probability; or gives all of them."""
 
-    def __init__(self, counts: np.ndarray, power: float) -> None:
+    def __init__(self, counts: np.ndarray, config: DataConfig) -> None:
         """`counts` [items] are interactions an item; every item can be drawn."""
-        weights = (counts + 1.0) ** power
+        weights = (counts + 1.0) ** (config.negative_power if config.negatives else 0.0)
         probability = weights / weights.sum()
         self.log_q = np.log(probability).astype(np.float32)
+        self._draws = config.negatives
         self._cumulative = np.cumsum(probability)
 
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Return item rows [count], drawn independently."""
-        drawn = np.searchsorted(self._cumulative, rng.random(count), side="right")
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Return item rows, drawn independently; where all are wanted, each of them once, in any order."""
+        if not self._draws:
+            return rng.permutation(len(self._cumulative))
+        drawn = np.searchsorted(self._cumulative, rng.random(self._draws), side="right")
         return np.minimum(drawn, len(self._cumulative) - 1)
 
 
@@ -191,7 +201,7 @@ def stream_batches(
         if len(chosen) < workers:
             continue
         mine = windows.pick(chosen[rank::workers])
-        negatives = sampler.draw(config.negatives, np.random.default_rng((seed, epoch, step, rank)))
+        negatives = sampler.draw(np.random.default_rng((seed, epoch, step, rank)))
         yield build_batch(build_sequences(history, mine), negatives, text, sampler.log_q)
 
 

@@ -26,7 +26,7 @@ from cluster.errors import DataError
 from embeddings.tables import ITEM, USER, TablesConfig, gather_tables
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
-from training.evaluation.next_item import Catalogue, later_targets, rank_next_items
+from training.evaluation.next_item import Catalogue, rank_next_items
 from training.inputs import TrainingInputs, load_inputs
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig
@@ -147,8 +147,8 @@ def validate(model: "DistributedModelParallel", inputs: TrainingInputs) -> dict[
         rows_ID, text_IE = whole[ITEM][: len(inputs.items)], torch.tensor(inputs.text)
         item_ID = dense.eval().item_vectors(rows_ID.to(device), text_IE.to(device))
     catalogue = Catalogue(item_ID=item_ID, user_UD=whole[USER].to(device))
-    targets = later_targets(inputs.full, inputs.validation_from)
-    ranks = rank_next_items(dense, catalogue, inputs.full, targets[dist.get_rank() :: dist.get_world_size()])
+    mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
+    ranks = rank_next_items(dense, catalogue, inputs.full, mine)
     sums = torch.tensor([hit_at_k(ranks, 10).sum(), ndcg_at_k(ranks, 10).sum(), len(ranks)], device=device)
     dist.all_reduce(sums)  # collective
     hits, gain, count = sums.tolist()

@@ -58,9 +58,21 @@ def test_training_sees_the_first_share_by_time(dataset: Dataset) -> None:
 
 def test_validation_is_the_newest_of_what_training_may_see(dataset: Dataset, text_path: Path) -> None:
     inputs = load_inputs(dataset, DATA, TABLES, text_path)
-    assert inputs.validation_from == 6
+    assert inputs.full.order[inputs.validation].tolist() == [7, 6]  # b's, then a's
     assert sorted(inputs.train.order) == [0, 1, 3, 4, 5]
     assert sorted(inputs.full.order) == [0, 1, 3, 4, 5, 6, 7]
+
+
+def test_leaving_one_out_hides_each_user_s_last_and_validates_on_the_one_before(
+    dataset: Dataset, text_path: Path
+) -> None:
+    # b: 0, 4, 7, 8. a: 1, 3, 5, 6. w has 9 alone, v only looked.
+    data = DataConfig(split="leave_one_out")
+    seconds = [at // 1_000_000 for at in training_events(dataset, data)["ts_us"].to_pylist()]
+    assert seconds == [0, 1, 2, 3, 4, 5, 7]
+    inputs = load_inputs(dataset, data, TABLES, text_path)
+    assert [seconds[at] for at in inputs.train.order] == [0, 4, 1, 3]
+    assert [seconds[at] for at in inputs.full.order[inputs.validation]] == [7, 5]
 
 
 def test_rows_are_the_catalogue_s_and_those_of_users_who_chose_something(dataset: Dataset, text_path: Path) -> None:

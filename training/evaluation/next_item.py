@@ -46,13 +46,6 @@ def rank_next_items(
     return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
 
 
-def later_targets(history: History, from_order: int) -> np.ndarray:
-    """Return the indices of interactions from `from_order` on in time that are not their user's first."""
-    later = history.order >= from_order
-    later[history.starts] = False
-    return np.flatnonzero(later)
-
-
 def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
     sequences = build_sequences(history, windows)
     device = catalogue.item_ID.device

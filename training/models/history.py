@@ -6,8 +6,10 @@ Knows nothing of ids, tables or losses. Every encoder is causal: position l sees
     pool         running mean of the items            average-of-history towers, Covington et al., RecSys 2016
     lstm         recurrent                            GRU4Rec, Hidasi et al., ICLR 2016
     transformer  pre-norm self-attention              SASRec, Kang & McAuley, ICDM 2018
+    hstu         gated pointwise attention            HSTU, Zhai et al., ICML 2024
 
-Shapes: B sequences, L positions, D dimension.
+Attention is biased by how many interactions and how much time lie between two of them (`IntervalBias`, as in HSTU).
+Shapes: B sequences, L positions, D dimension, H heads.
 """
 
 from typing import Protocol
@@ -25,8 +27,11 @@ GAP_BUCKETS = 32
 class HistoryEncoder(Protocol):
     """What the two-stage model asks of an encoder."""
 
-    def __call__(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
-        """Return the user vector after each position, [B, L, D]; padded positions hold anything finite."""
+    def __call__(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
+        """Return the user vector after each position, [B, L, D]; padded positions hold anything finite.
+
+        `ts_BL` is when each interaction was, in seconds.
+        """
         ...
 
 
@@ -68,7 +73,7 @@ class PoolEncoder(nn.Module):
         self.project = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
         """Return the projected mean of positions 0..l for each l, [B, L, D]."""
         weight_BL1 = present_BL.unsqueeze(-1).to(inputs_BLD.dtype)
         count_BL1 = weight_BL1.cumsum(1).clamp(min=1)
@@ -83,7 +88,7 @@ class LSTMEncoder(nn.Module):
         self.lstm = nn.LSTM(dim, dim, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
         """Return the last layer's state after each position, [B, L, D]."""
         # Padding comes first and an LSTM has biases: turn it to the end, where a causal pass does not see it, and back.
         length = present_BL.shape[1]
@@ -93,23 +98,42 @@ class LSTMEncoder(nn.Module):
         return self.norm(_turn(output_BLD, (place_L - padding_B1) % length))
 
 
+class IntervalBias(nn.Module):
+    """What attention adds for the interactions and the time between two positions; learned, 0 at first."""
+
+    def __init__(self, max_history: int, heads: int) -> None:
+        super().__init__()
+        self.place_LH = nn.Parameter(torch.zeros(max_history, heads))
+        self.gap_GH = nn.Parameter(torch.zeros(GAP_BUCKETS, heads))
+
+    def forward(self, ts_BL: torch.Tensor) -> torch.Tensor:
+        """Return the bias of attending from each position to each other one, [B, H, L, L]."""
+        place_L = torch.arange(ts_BL.shape[1], device=ts_BL.device)
+        back_LL = (place_L.unsqueeze(1) - place_L).clamp(min=0)
+        bucket_BLL = _log2_buckets(ts_BL.unsqueeze(2) - ts_BL.unsqueeze(1))
+        return (self.place_LH[back_LL] + self.gap_GH[bucket_BLL]).permute(0, 3, 1, 2)
+
+
 class TransformerEncoder(nn.Module):
     """Causal self-attention over the interactions."""
 
-    def __init__(self, dim: int, layers: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, layers: int, heads: int, dropout: float, max_history: int, *, interval_bias: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(_Block(dim, heads, dropout) for _ in range(layers))
+        biases = (IntervalBias(max_history, heads) for _ in range(layers)) if interval_bias else ()
+        self.biases = nn.ModuleList(biases)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
         """Return each position's attention over those up to it, [B, L, D]."""
-        length = inputs_BLD.shape[1]
-        square = torch.ones(length, length, dtype=torch.bool, device=inputs_BLD.device)
-        # A padded position attends to itself, or its softmax would be over nothing.
-        sees_BLL = (square.tril() & present_BL.unsqueeze(1)) | torch.diag(square.diagonal())
+        sees_B1LL = _visible(present_BL)
+        unbiased = torch.zeros_like(sees_B1LL, dtype=inputs_BLD.dtype).masked_fill(~sees_B1LL, float("-inf"))
         hidden_BLD = inputs_BLD
-        for block in self.blocks:
-            hidden_BLD = block(hidden_BLD, sees_BLL.unsqueeze(1))
+        for layer, block in enumerate(self.blocks):
+            mask_BHLL = unbiased + self.biases[layer](ts_BL) if len(self.biases) else unbiased
+            hidden_BLD = block(hidden_BLD, mask_BHLL)
         return self.norm(hidden_BLD)
 
 
@@ -122,18 +146,62 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_BLD: torch.Tensor, sees_B1LL: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BLD: torch.Tensor, mask_BHLL: torch.Tensor) -> torch.Tensor:
         B, L, D = hidden_BLD.shape
         q, k, v = self.qkv(self.norm_attention(hidden_BLD)).view(B, L, 3, self.heads, D // self.heads).unbind(2)
         attended = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=sees_B1LL,
+            attn_mask=mask_BHLL,
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         hidden_BLD = hidden_BLD + self.dropout(self.out(attended.transpose(1, 2).reshape(B, L, D)))
         return hidden_BLD + self.dropout(self.mlp(self.norm_mlp(hidden_BLD)))
+
+
+class HSTUEncoder(nn.Module):
+    """Gated attention without a softmax: how much of something there was is kept, not only its share."""
+
+    def __init__(self, dim: int, layers: int, heads: int, dropout: float, max_history: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_HSTUBlock(dim, heads, dropout, max_history) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, inputs_BLD: torch.Tensor, present_BL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
+        """Return what each position gathers of those up to it, [B, L, D]."""
+        sees_B1LL = _visible(present_BL)
+        share_B1LL = sees_B1LL / sees_B1LL.sum(-1, keepdim=True)
+        hidden_BLD = inputs_BLD
+        for block in self.blocks:
+            hidden_BLD = block(hidden_BLD, share_B1LL, ts_BL)
+        return self.norm(hidden_BLD)
+
+
+class _HSTUBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, dropout: float, max_history: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm_gathered = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.uvqk, self.out = nn.Linear(dim, 4 * dim), nn.Linear(dim, dim)
+        self.bias = IntervalBias(max_history, heads)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_BLD: torch.Tensor, share_B1LL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
+        B, L, D = hidden_BLD.shape
+        gate_BLD, v, q, k = functional.silu(self.uvqk(self.norm(hidden_BLD))).chunk(4, dim=-1)
+        q, k, v = (part.view(B, L, self.heads, D // self.heads).transpose(1, 2) for part in (q, k, v))
+        score_BHLL = q @ k.transpose(2, 3) / (D // self.heads) ** 0.5 + self.bias(ts_BL)
+        gathered_BLD = ((functional.silu(score_BHLL) * share_B1LL) @ v).transpose(1, 2).reshape(B, L, D)
+        return hidden_BLD + self.out(self.dropout(self.norm_gathered(gathered_BLD) * gate_BLD))
+
+
+def _visible(present_BL: torch.Tensor) -> torch.Tensor:
+    """Return which positions each one sees, bool [B, 1, L, L]."""
+    length = present_BL.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=present_BL.device)
+    # A padded position attends to itself, or its softmax would be over nothing.
+    return ((square.tril() & present_BL.unsqueeze(1)) | torch.diag(square.diagonal())).unsqueeze(1)
 
 
 def _turn(values_BLD: torch.Tensor, from_BL: torch.Tensor) -> torch.Tensor:
@@ -142,5 +210,9 @@ def _turn(values_BLD: torch.Tensor, from_BL: torch.Tensor) -> torch.Tensor:
 
 def _gap_buckets(ts_BL: torch.Tensor, present_BL: torch.Tensor) -> torch.Tensor:
     gap_BL = torch.zeros_like(ts_BL)
-    gap_BL[:, 1:] = (ts_BL[:, 1:] - ts_BL[:, :-1]).clamp(min=0) * present_BL[:, :-1]
-    return (gap_BL.float() + 1).log2().long().clamp(max=GAP_BUCKETS - 1)
+    gap_BL[:, 1:] = (ts_BL[:, 1:] - ts_BL[:, :-1]) * present_BL[:, :-1]
+    return _log2_buckets(gap_BL)
+
+
+def _log2_buckets(seconds: torch.Tensor) -> torch.Tensor:
+    return (seconds.clamp(min=0).float() + 1).log2().long().clamp(max=GAP_BUCKETS - 1)

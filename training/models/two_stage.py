@@ -26,6 +26,7 @@ from cluster.events import KINDS
 from embeddings.batch import PAD, Batch
 from training.models.history import (
     HistoryEncoder,
+    HSTUEncoder,
     InteractionEmbedding,
     LSTMEncoder,
     PoolEncoder,
@@ -33,18 +34,22 @@ from training.models.history import (
 )
 from training.models.ranker import CLICK, INTERACTIONS, RATING, Ranker
 
+HISTORY_ENCODERS = ("pool", "lstm", "transformer", "hstu")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of the dense part."""
 
     history: str = "transformer"
-    """History encoder: pool, lstm or transformer."""
+    """History encoder: pool, lstm, transformer or hstu."""
+    interval_bias: bool = False
+    """Let the transformer's attention depend on the time and the interactions that lie between; hstu's always does."""
     max_history: int = 100
     """Interactions the encoder looks back on."""
     layers: int = 2
     heads: int = 2
-    """Attention heads of the transformer."""
+    """Attention heads."""
     dropout: float = 0.2
     user_row_dropout: float = 0.5
     """Share of users whose row is hidden in a step, so that users without one are served as well."""
@@ -57,8 +62,8 @@ class ModelConfig:
     """Items retrieved for the ranker."""
 
     def __post_init__(self) -> None:
-        if self.history not in ("pool", "lstm", "transformer"):
-            raise ConfigError(f"model.history={self.history!r}: is none of pool, lstm, transformer")
+        if self.history not in HISTORY_ENCODERS:
+            raise ConfigError(f"model.history={self.history!r}: is none of {', '.join(HISTORY_ENCODERS)}")
         if self.interaction not in INTERACTIONS:
             raise ConfigError(f"model.interaction={self.interaction!r}: is none of {', '.join(INTERACTIONS)}")
         for name in ("max_history", "layers", "heads", "ranker_hidden", "candidates"):
@@ -91,7 +96,7 @@ class TwoStage(nn.Module):
 
     def __init__(self, config: ModelConfig, dim: int, text_dim: int) -> None:
         super().__init__()
-        if config.history == "transformer" and dim % config.heads:
+        if config.history in ("transformer", "hstu") and dim % config.heads:
             raise ConfigError(f"model.heads={config.heads}: must divide tables.dim={dim}")
         self.config = config
         self.ranked_positions = RANKED_POSITIONS
@@ -118,7 +123,7 @@ class TwoStage(nn.Module):
     ) -> torch.Tensor:
         """Return the user vector after each interaction, [B, L, D]."""
         inputs_BLD = self.interaction(item_BLD, kind_BL, value_BL, ts_BL, present_BL)
-        return self.bilinear(self.history(inputs_BLD, present_BL)) + user_row_BD.unsqueeze(1)
+        return self.bilinear(self.history(inputs_BLD, present_BL, ts_BL)) + user_row_BD.unsqueeze(1)
 
     def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
         """Return the ranker's ordering score of K candidates for each of the leading user dimensions, […, K]."""
@@ -225,4 +230,7 @@ def build_history_encoder(config: ModelConfig, dim: int) -> HistoryEncoder:
         return PoolEncoder(dim)
     if config.history == "lstm":
         return LSTMEncoder(dim, config.layers, config.dropout)
-    return TransformerEncoder(dim, config.layers, config.heads, config.dropout)
+    attention = (dim, config.layers, config.heads, config.dropout, config.max_history)
+    if config.history == "hstu":
+        return HSTUEncoder(*attention)
+    return TransformerEncoder(*attention, interval_bias=config.interval_bias)

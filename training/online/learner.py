@@ -531,7 +531,7 @@ class OnlineLearner:
             old = build_sequences(self._rehearsal, windows)
             old.user_row_B[np.isin(old.user_row_B, list(self.live.reused_rows))] = PAD  # somebody else's by now
             sequences = join_sequences(sequences, old)
-        sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data.negative_power)
-        negatives = sampler.draw(self.data.negatives, self._rng)
+        sampler = NegativeSampler(self.live.counts[: len(self.live.items)], self.data)
+        negatives = sampler.draw(self._rng)
         loss_scale = float((sequences.target_row_BL != PAD).sum() / self.config.batch_targets)
         self.live.learn(build_batch(sequences, negatives, self.live.text, sampler.log_q), loss_scale)

@@ -9,7 +9,7 @@ import torch
 from cluster.events import Event, events_table
 from cluster.log import Interaction
 from embeddings.vocabulary import Vocabulary
-from training.evaluation.next_item import UNRANKED, Catalogue, later_targets, rank_next_items
+from training.evaluation.next_item import UNRANKED, Catalogue, rank_next_items
 from training.models.served import ServedModel
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import USER_ROWS, VersionState
@@ -40,6 +40,11 @@ def history_of(events: list[Event], model: ServedModel) -> History:
     return build_history(events_table(events), Vocabulary(model.item_ids, ITEMS), Vocabulary(model.state.user_ids, 10))
 
 
+def after_the_first(history: History) -> np.ndarray:
+    """Return the indices of all interactions but each user's first."""
+    return np.setdiff1d(np.arange(len(history)), history.starts)
+
+
 def catalogue_of(model: ServedModel) -> Catalogue:
     return Catalogue(item_ID=model.item_ID, user_UD=model.state.rows[USER_ROWS])
 
@@ -52,7 +57,7 @@ def model(version: VersionState) -> ServedModel:
 def test_the_rank_is_the_place_in_what_is_served(model: ServedModel) -> None:
     events = random_events(users=6, length=25)
     history = history_of(events, model)
-    targets = later_targets(history, from_order=0)
+    targets = after_the_first(history)
     ranks = rank_next_items(model.dense, catalogue_of(model), history, targets, batch_size=16)
     candidates = model.dense.config.candidates
     served = []
@@ -77,7 +82,7 @@ def test_a_rank_does_not_know_what_comes_after(model: ServedModel) -> None:
     ranks = []
     for told in (events, other):
         history = history_of(sorted(told, key=lambda event: event.ts_us), model)
-        targets = later_targets(history, from_order=0)
+        targets = after_the_first(history)
         known = targets[history.order[targets] < cut]
         ranks.append(rank_next_items(model.dense, catalogue_of(model), history, known).tolist())
     assert ranks[0] == ranks[1]
@@ -85,18 +90,14 @@ def test_a_rank_does_not_know_what_comes_after(model: ServedModel) -> None:
 
 def test_batches_of_any_size_give_the_same_ranks(model: ServedModel) -> None:
     history = history_of(random_events(users=6, length=20), model)
-    targets = later_targets(history, from_order=0)
+    targets = after_the_first(history)
     ranks = [rank_next_items(model.dense, catalogue_of(model), history, targets, size).tolist() for size in (1, 7, 999)]
     assert ranks[0] == ranks[1] == ranks[2]
 
 
-def test_later_targets_are_those_from_a_place_in_time_on_but_no_user_s_first(model: ServedModel) -> None:
-    events = random_events(users=3, length=4)
-    late = Event(user_id="u3", item_id="i0", kind="click", ts_us=10**12)
-    history = history_of([*events, late], model)
-    targets = later_targets(history, from_order=7)
-    assert sorted(history.order[targets].tolist()) == [7, 8, 9, 10, 11]
-    assert rank_next_items(model.dense, catalogue_of(model), history, targets[:0]).tolist() == []
+def test_no_targets_have_no_ranks(model: ServedModel) -> None:
+    history = history_of(random_events(users=3, length=4), model)
+    assert rank_next_items(model.dense, catalogue_of(model), history, np.array([], np.int64)).tolist() == []
 
 
 @pytest.fixture

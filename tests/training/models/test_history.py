@@ -8,7 +8,13 @@ from training.models.history import InteractionEmbedding
 from training.models.two_stage import ModelConfig, TwoStage, build_history_encoder
 
 DIM, LENGTH = 8, 5
-ENCODERS = ("pool", "lstm", "transformer")
+ENCODERS = {
+    "pool": {"history": "pool"},
+    "lstm": {"history": "lstm"},
+    "transformer": {"history": "transformer"},
+    "transformer, biased": {"history": "transformer", "interval_bias": True},
+    "hstu": {"history": "hstu"},
+}
 
 
 class Encoded:
@@ -16,7 +22,8 @@ class Encoded:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.model = TwoStage(ModelConfig(history=name, max_history=16, layers=2), DIM, text_dim=3).eval()
+        config = ModelConfig(**ENCODERS[name], max_history=16, layers=2)
+        self.model = TwoStage(config, DIM, text_dim=3).eval()
         for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
 
@@ -82,7 +89,17 @@ class TestEveryEncoder:
 
     def test_a_sequence_that_is_all_padding_is_finite(self, encode: Encoded) -> None:
         nothing = torch.zeros(2, 4, dtype=torch.bool)
-        assert encode.model.history(torch.randn(2, 4, DIM), nothing).isfinite().all()
+        assert encode.model.history(torch.randn(2, 4, DIM), nothing, torch.zeros(2, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["transformer, biased", "hstu"])
+def test_how_long_ago_an_interaction_was_moves_attention(name: str, items: torch.Tensor) -> None:
+    # The gap before each interaction stays within its bucket (1 … 2 s, 3 … 6 s); the time back to the first does not.
+    encode = Encoded(name)
+    near, far = (torch.tensor(seconds).expand(3, -1) for seconds in ([0, 1, 4, 7, 10], [0, 2, 8, 14, 20]))
+    assert not torch.allclose(encode(items, near)[:, -1], encode(items, far)[:, -1], atol=1e-3)
+    plain = Encoded("transformer")
+    torch.testing.assert_close(plain(items, near), plain(items, far))
 
 
 def test_the_pool_is_the_running_mean() -> None:
@@ -91,7 +108,7 @@ def test_the_pool_is_the_running_mean() -> None:
     torch.nn.init.zeros_(pool.project.bias)
     pool.norm = torch.nn.Identity()
     inputs_BLD = torch.tensor([[[9.0, 9.0], [1.0, 4.0], [3.0, 0.0]]])
-    means = pool(inputs_BLD, torch.tensor([[False, True, True]]))
+    means = pool(inputs_BLD, torch.tensor([[False, True, True]]), torch.zeros(1, 3))
     assert means[0, 1:].tolist() == [[1.0, 4.0], [2.0, 2.0]]
 
 

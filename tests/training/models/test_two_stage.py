@@ -66,6 +66,12 @@ def test_sampled_softmax_divides_by_the_probability_of_the_draw(model: TwoStage)
     assert found.retrieval.item() == pytest.approx(math.log(11), rel=1e-6)
 
 
+def test_every_item_once_is_the_full_softmax(model: TwoStage) -> None:
+    # e^s: 1 of 1 + 3 + 2 + 4, in whatever order the items come.
+    found = losses(model, (1, 3, 2, 4), batch(targets=[0], negatives=[2, 0, 3, 1], q=(1 / 4,) * 4))
+    assert found.retrieval.item() == pytest.approx(math.log(10), rel=1e-6)
+
+
 def test_a_draw_of_the_target_itself_is_no_negative(model: TwoStage) -> None:
     # Negatives 0 fall away: 2 / (2 + 12).
     found = losses(model, (1, 3, 1, 1), batch(targets=[0], negatives=[0, 1, 0]))
@@ -180,7 +186,7 @@ def test_stars_weigh_in_the_order_as_the_recipe_says(model: TwoStage) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"history": "cnn"}, r"model\.history='cnn': is none of pool, lstm, transformer"),
+        ({"history": "cnn"}, r"model\.history='cnn': is none of pool, lstm, transformer, hstu"),
         ({"interaction": "sum"}, r"model\.interaction='sum': is none of mlp, dcn, bilinear"),
         ({"layers": 0}, r"model\.layers=0"),
         ({"dropout": 1.0}, r"model\.dropout=1\.0"),
