@@ -33,6 +33,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "train": "training.run:TrainConfig",
         "stream": "training.examples.stream:StreamConfig",
         "click": "training.models.click:ClickConfig",
+        "ratings": "training.models.rating:RatingConfig",
         "policy": "training.policies:PolicyConfig",
         "online": "training.online.learner:OnlineConfig",
         "guard": "training.online.guard:GuardConfig",

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -125,6 +126,17 @@ def build_lookup(rows_by_table: Mapping[str, torch.Tensor]) -> "KeyedJaggedTenso
         lengths=torch.tensor([rows.numel() for rows in rows_by_table.values()]).to(
             next(iter(rows_by_table.values())).device
         ),
+    )
+
+
+def build_bag_lookup(lists: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "KeyedJaggedTensor":
+    """Return what to look up for B examples: of each feature the rows end to end, and how many each example has."""
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    return KeyedJaggedTensor(
+        keys=list(lists),
+        values=torch.from_numpy(np.concatenate([rows for rows, _ in lists.values()])),
+        lengths=torch.from_numpy(np.concatenate([length_B for _, length_B in lists.values()]).astype(np.int32)),
     )
 
 

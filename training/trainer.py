@@ -12,6 +12,7 @@ The run folder must be on storage that all workers share.
 import argparse
 import datetime
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
 from training.inputs import load_inputs
+from training.models.rating import RatingConfig
+from training.ratings.inputs import load_rating_inputs
 from training.run import RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainConfig, TrainedRun
 from training.stream import DataConfig
 
@@ -53,16 +56,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     """Train within an open Ray session. Raises `EngineError` when the workers failed for good."""
-    folder = home.runs / f"train-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}"
+
+    def check(text_path: Path) -> None:
+        load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), text_path)
+
+    config = recipe.section(TrainConfig)
+    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", config.final_epochs, check)
+
+
+def train_ratings_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
+    """Train the rating model within an open Ray session; its run is not one to publish.
+
+    Raises `DataError` where the dataset has no ratings, `EngineError` when the workers failed for good.
+    """
+
+    def check(text_path: Path) -> None:
+        load_rating_inputs(dataset, recipe.section(RatingConfig), text_path)
+
+    return _fit(recipe, dataset, home, "ratings", "training.ratings.worker:train_ratings", 0, check)
+
+
+def _fit(
+    recipe: Recipe,
+    dataset: Dataset,
+    home: Home,
+    kind: str,
+    train_function: str,
+    final_epochs: int,
+    check: Callable[[Path], object],
+) -> TrainedRun:
+    """Train; `check` reads what the workers will, or says what is wrong with it, before any of them starts."""
+    folder = home.runs / f"{kind}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}"
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(recipe.to_toml())
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
     np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
-    load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)  # or it says why
+    check(folder / TEXT_FILE)
     config = recipe.section(TrainConfig)
     job = {"recipe": recipe.to_toml(), "dataset": str(Path(dataset.path).resolve()), "folder": str(folder)}
-    with progress(config.epochs + config.final_epochs, "training", unit="epoch") as bar:
-        result = fit_on_workers("training.worker:train_worker", job, config, folder, bar, done=len)
+    with progress(config.epochs + final_epochs, "training", unit="epoch") as bar:
+        result = fit_on_workers(train_function, job, config, folder, bar, done=len)
     checkpoint, metrics = result.checkpoint, result.metrics
     assert checkpoint is not None  # workers report one after each epoch
     assert metrics is not None

@@ -1,0 +1,1 @@
+"""How a user would rate an item: pointwise, from explicit feedback."""
