@@ -118,6 +118,17 @@ class Recipe:
         """Return a section by its name."""
         return _check_section(section, self.values.get(section, {}), self.sections)[1]
 
+    def with_overrides(self, overrides: Sequence[str]) -> "Recipe":
+        """Return the recipe with `section.key=value` overrides, applied in order. Raises `ConfigError`."""
+        values = {section: dict(entries) for section, entries in self.values.items()}
+        for override in overrides:
+            section, key, text = _split_override(override)
+            known = _fields_of(_find_owner(section, self.sections))
+            _check_known(f"{section}.{key}", key, known, prefix=f"{section}.")
+            kind = _kind_of(_find_owner(section, self.sections), key)
+            values.setdefault(section, {})[key] = _parse_override(f"{section}.{key}", text, kind)
+        return _check_recipe(self.name, values, self.sections)
+
     def to_toml(self) -> str:
         """Return the resolved recipe, defaults written out: reading it back gives equal sections."""
         blocks = []
@@ -136,14 +147,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, sections: M
     are imported; an owner that fails to import raises its own error.
     """
     recipe = Recipe.from_toml(_read_recipe(name_or_path), name=name_or_path, sections=sections)
-    values = {section: dict(entries) for section, entries in recipe.values.items()}
-    for override in overrides:
-        section, key, text = _split_override(override)
-        known = _fields_of(_find_owner(section, sections))
-        _check_known(f"{section}.{key}", key, known, prefix=f"{section}.")
-        kind = _kind_of(_find_owner(section, sections), key)
-        values.setdefault(section, {})[key] = _parse_override(f"{section}.{key}", text, kind)
-    return _check_recipe(name_or_path, values, sections)
+    return recipe.with_overrides(overrides)
 
 
 def packaged_recipes() -> list[str]:

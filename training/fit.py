@@ -8,7 +8,7 @@ Knows nothing of what is trained.
 import importlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from embeddings.tables import device_type
 from training.run import METRICS_FILE, TrainConfig
 
 if TYPE_CHECKING:
-    from ray.train import Result
+    from ray.train import Result, UserCallback
 
 MetricsLines = list[str]
 
@@ -32,6 +32,7 @@ def fit_on_workers(
     folder: Path,
     bar: tqdm,
     done: Callable[[MetricsLines], int],
+    callbacks: "Sequence[UserCallback]" = (),
 ) -> "Result":
     """Train within an open Ray session; `done` tells from the lines of metrics.jsonl how far the bar is.
 
@@ -58,6 +59,7 @@ def fit_on_workers(
             storage_path=str(folder.resolve()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=list(callbacks),
         ),
     )
     with _Follower(folder / METRICS_FILE, bar, done):

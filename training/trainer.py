@@ -90,7 +90,7 @@ def _fit(
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(recipe.to_toml())
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
-    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    write_item_vectors(encoder, dataset, folder)
     check(folder / TEXT_FILE)
     config = recipe.section(TrainConfig)
     job = {"recipe": recipe.to_toml(), "dataset": str(Path(dataset.path).resolve()), "folder": str(folder)}
@@ -111,8 +111,8 @@ def _fit(
     return trained
 
 
-def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
-    """Return the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`."""
+def write_item_vectors(encoder: TextEncoder, dataset: Dataset, folder: Path) -> None:
+    """Write the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`."""
     texts = dataset.items()["text"].to_pylist()
     with progress(len(texts), "encoding item text", unit="text") as bar:
-        return encoder.encode(texts, on_progress=bar.update)
+        np.save(folder / TEXT_FILE, encoder.encode(texts, on_progress=bar.update))

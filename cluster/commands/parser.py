@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         _examples,
         _plan,
         _train,
+        _tune,
         _evaluate,
         _publish,
         _serve,
@@ -159,6 +160,27 @@ def _train(commands: Commands) -> _Parser:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with a run over examples, at its newest whole checkpoint"
     )
+    return parser
+
+
+def _tune(commands: Commands) -> _Parser:
+    parser = _command(
+        commands,
+        "tune",
+        "training.tune:run",
+        "search for a better recipe, by the validation NDCG@10 of many trainings",
+        "--search model.dropout=0.1..0.5 --search train.learning_rate=log:0.0005..0.01 --trials 30",
+        "--search 'model.history=lstm|transformer|hstu' --parallel 4 --data data/shop",
+        "--resume recloop-home/runs/tune-20260101-120000-000000",
+    )
+    _add_data_flag(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    search = "a key to vary: LOW..HIGH, log:LOW..HIGH or A|B; may be repeated"
+    what.add_argument("--search", metavar="SECTION.KEY=RANGE", action="append", help=search)
+    what.add_argument("--resume", metavar="DIR", help="go on with a search that was stopped")
+    parser.add_argument("--trials", metavar="N", type=_positive, default=20, help="default: %(default)s")
+    parallel = "trials at once, each on train.workers workers; default: %(default)s"
+    parser.add_argument("--parallel", metavar="N", type=_positive, default=1, help=parallel)
     return parser
 
 
