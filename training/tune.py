@@ -99,10 +99,10 @@ def read_range(text: str, recipe: Recipe) -> tuple[str, "BaseDistribution"]:
     try:
         if len(ends) == 2:
             log = told.startswith("log:")
-            whole = all(end.strip().lstrip("-").isdecimal() for end in ends)
-            low, high = (int(end) if whole else float(end) for end in ends)
-            found = IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
-            ends = [str(low), str(high)]
+            if all(end.strip().lstrip("-").isdecimal() for end in ends):
+                found = IntDistribution(int(ends[0]), int(ends[1]), log=log)
+            else:
+                found = FloatDistribution(float(ends[0]), float(ends[1]), log=log)
         elif equals and len(choices) > 1:
             found, ends = CategoricalDistribution(choices), choices
         else:
