@@ -10,6 +10,9 @@ WAL with `synchronous=FULL` syncs the log file on every commit; `NORMAL` would l
     sealed_ids    the hash of each sealed event's id, so that a duplicate is still known
     sealed_users  each user's newest sealed event
     absences      ranges that the log no longer holds: dropped by retention, or lost to damage
+
+A user's newest event is found by `others_of_user` or in user history, which has the interactions: each event dirties
+one page by its user, and no more than one by its id.
 """
 
 import fcntl
@@ -20,20 +23,23 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.errors import EngineError
+from cluster.events import INTERACTION_KINDS
 from cluster.log.swap import finish_swap
 from cluster.log.wal import describe_damage
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_TIMEOUT_S = 30.0
 """How long to wait for another process's transaction."""
 
-LIVE_TABLES = """
+CHOSEN = ", ".join(f"'{kind}'" for kind in sorted(INTERACTION_KINDS))
+OTHERS_OF_USER = f"CREATE INDEX others_of_user ON events (user_id) WHERE kind NOT IN ({CHOSEN});"
+LIVE_TABLES = f"""
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY, event_id TEXT NOT NULL UNIQUE, acked_us INTEGER NOT NULL,
     ts_us INTEGER NOT NULL, domain TEXT NOT NULL, user_id TEXT NOT NULL, item_id TEXT NOT NULL, kind TEXT NOT NULL,
     value REAL, request_id TEXT, position INTEGER, propensity REAL, version TEXT, context TEXT
 );
-CREATE INDEX events_of_user ON events (user_id);
+{OTHERS_OF_USER}
 CREATE TABLE user_history (
     user_id TEXT NOT NULL, seq INTEGER NOT NULL,
     item_id TEXT NOT NULL, kind TEXT NOT NULL, value REAL, ts_us INTEGER NOT NULL,
@@ -55,7 +61,8 @@ CREATE TABLE sealed_ids (id_hash BLOB PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT
 CREATE TABLE sealed_users (user_id TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE absences (first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, reason TEXT NOT NULL);
 """
-UPGRADES = {0: LIVE_TABLES + SEALED_TABLES, 1: SEALED_TABLES}
+REPLACE_INDEX = f"DROP INDEX events_of_user; {OTHERS_OF_USER}"
+UPGRADES = {0: LIVE_TABLES + SEALED_TABLES, 1: SEALED_TABLES + REPLACE_INDEX, 2: REPLACE_INDEX}
 """What each older schema lacks; 0 is a file that is not there yet."""
 
 

@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from cluster.log.records import Interaction, Row, UserState
+from cluster.log.schema import CHOSEN
 from cluster.log.sealing import HEAD
 
 NO_BOUND = 2**63 - 1
-NEWEST_OF_USER = """
+NEWEST_OF_USER = f"""
 SELECT max(
-    coalesce((SELECT max(seq) FROM events WHERE user_id = :user AND seq < :bound), 0),
+    coalesce((SELECT max(seq) FROM events WHERE user_id = :user AND kind NOT IN ({CHOSEN}) AND seq < :bound), 0),
     coalesce((SELECT seq FROM sealed_users WHERE user_id = :user AND seq < :bound), 0),
     coalesce((SELECT max(seq) FROM user_history WHERE user_id = :user AND seq < :bound), 0)
 )
@@ -25,9 +26,9 @@ RECENT = (
     "SELECT item_id, kind, value, ts_us, seq FROM user_history WHERE user_id = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
 )
 SEEN = "SELECT item_id FROM user_history WHERE user_id = ? AND seq < ?"
-NEWEST_OF_ALL = """
+NEWEST_OF_ALL = f"""
 SELECT user_id, max(seq) FROM (
-    SELECT user_id, max(seq) AS seq FROM events GROUP BY user_id
+    SELECT user_id, max(seq) AS seq FROM events WHERE kind NOT IN ({CHOSEN}) GROUP BY user_id
     UNION ALL SELECT user_id, seq FROM sealed_users
     UNION ALL SELECT user_id, max(seq) FROM user_history WHERE seq > 0 GROUP BY user_id
 ) GROUP BY user_id ORDER BY user_id

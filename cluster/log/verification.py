@@ -9,15 +9,14 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from cluster.events import INTERACTION_KINDS
 from cluster.log.records import Row, VerifyReport
 from cluster.log.retention import DAMAGED, DROPPED, find_segments
+from cluster.log.schema import CHOSEN
 from cluster.log.sealing import hash_id
 from cluster.log.segments import Segment, SegmentReader, hash_file
 
 HISTORY_COLUMNS = "user_id, seq, item_id, kind, value, ts_us"
 CHECKED_COLUMNS = ("event_id", "user_id", "seq", "item_id", "kind", "value", "ts_us")
-CHOSEN = ", ".join(f"'{kind}'" for kind in sorted(INTERACTION_KINDS))
 ALL = f"(SELECT {', '.join(CHECKED_COLUMNS)} FROM events UNION ALL SELECT {', '.join(CHECKED_COLUMNS)} FROM checked)"
 FOLD = f"SELECT {HISTORY_COLUMNS} FROM {ALL} WHERE kind IN ({CHOSEN})"
 LIVE_HISTORY = (

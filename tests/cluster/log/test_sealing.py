@@ -17,6 +17,7 @@ from cluster.events import Event
 from cluster.log import Appended, EventLog
 from cluster.log.retention import LogConfig
 from cluster.log.sealing import Sealer
+from cluster.log.state import NEWEST_OF_USER
 
 ROOT = Path(__file__).parents[3]
 SMALL = LogConfig(seal_after_events=20, segment_events=40)
@@ -193,14 +194,36 @@ def test_a_writer_killed_while_sealing_loses_nothing_and_doubles_nothing(path):
         assert {ack.event_id: ack.seq for ack in again if ack.duplicate} == acked
 
 
-def test_a_log_of_the_schema_before_is_carried_on(path):
+@pytest.mark.parametrize(
+    ("schema", "tables"), [(1, ("segments", "sealed_ids", "sealed_users", "absences")), (2, ())], ids=["1", "2"]
+)
+def test_a_log_of_an_older_schema_is_carried_on(path, schema, tables):
     filled(path, sealed=False).close()
-    execute(path, *(f"DROP TABLE {name}" for name in ("segments", "sealed_ids", "sealed_users", "absences")))
-    execute(path, "PRAGMA user_version = 1")
+    execute(path, *(f"DROP TABLE {name}" for name in tables))
+    execute(path, "DROP INDEX others_of_user", "CREATE INDEX events_of_user ON events (user_id)")
+    execute(path, f"PRAGMA user_version = {schema}")
     with EventLog(path, SMALL) as log:
         assert len(log.read(0, 1_000)) == 200
+        assert log.append(make_events(200, 201)) == [Appended("e200", 200, True), Appended("e201", 201, False)]
+        assert [log.user_state(f"u{n}", 1).seq for n in range(7)] == [196, 197, 198, 199, 200, 201, 195]
         log.seal()
         assert log.verify().sound
+    indexes = "SELECT name FROM sqlite_schema WHERE tbl_name = 'events' AND name LIKE '%_of_user'"
+    assert sqlite3.connect(path).execute(indexes).fetchall() == [("others_of_user",)]
+
+
+def test_a_users_newest_event_is_found_whatever_its_kind_and_place(path):
+    config = replace(SMALL, seal_after_events=2, segment_events=4)
+    with filled(path, events=0, config=config, sealed=False) as log:
+        chosen, skipped = make_events(1, 3, user_id="one"), make_events(5, 5, user_id="one")
+        log.append([*chosen, *make_events(4, 4, user_id="two"), *skipped])  # the fifth is no interaction
+        for _ in range(2):  # all live, then the first three sealed
+            assert [log.user_state("one", 1, bound).seq for bound in (None, 5, 3, 1)] == [5, 3, 2, 0]
+            assert (log.user_state("two", 1).seq, log.user_state("nobody", 1).seq) == (4, 0)
+            log.seal()
+        assert log.verify().segments == 1
+    plan = sqlite3.connect(path).execute(f"EXPLAIN QUERY PLAN {NEWEST_OF_USER}", {"user": "one", "bound": 5})
+    assert not any("SCAN events" in step for *_, step in plan)
 
 
 def test_nothing_is_dropped_that_a_consumer_still_needs(path):
