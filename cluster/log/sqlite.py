@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from cluster.catalogue import Item
 from cluster.errors import EngineError
-from cluster.events import INTERACTION_KINDS, Event
+from cluster.events import Event
 from cluster.log import schema, verification
 from cluster.log.checkpoints import MOST_WAL_PAGES, Checkpointer
 from cluster.log.commit import GroupCommit
@@ -58,7 +58,11 @@ IDS_AT_ONCE = 500
 """Ids in one question; SQLite takes 32,766 values, and prepares a statement for each number of them."""
 
 HISTORY_COLUMNS = "user_id, seq, item_id, kind, value, ts_us"
-INSERT_HISTORY = f"INSERT INTO user_history ({HISTORY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+INSERT_HISTORY = (
+    f"INSERT INTO user_history ({HISTORY_COLUMNS}) SELECT {HISTORY_COLUMNS} FROM events "
+    f"WHERE seq > ? AND kind IN ({schema.CHOSEN}) ORDER BY user_id"
+)
+"""One statement for all of an append's: SQLite lets go of the interpreter once, not at each row."""
 INSERT_EVENT = (
     f"INSERT INTO events (seq, acked_us, {', '.join(EVENT_COLUMNS)}) VALUES (?, ?{', ?' * len(EVENT_COLUMNS)})"
 )
@@ -305,12 +309,7 @@ def _append(connection: sqlite3.Connection, events: Sequence[Event]) -> list[App
         else:
             appended.append(Appended(event.event_id, first_seq, duplicate=True))
     connection.executemany(INSERT_EVENT, [(seq, acked_us, *event_row(event)) for seq, event in fresh])
-    chosen = [
-        (event.user_id, seq, event.item_id, event.kind, event.value, event.ts_us)
-        for seq, event in fresh
-        if event.kind in INTERACTION_KINDS
-    ]
-    connection.executemany(INSERT_HISTORY, chosen)
+    connection.execute(INSERT_HISTORY, (head,))
     return appended
 
 
