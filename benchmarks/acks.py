@@ -36,7 +36,7 @@ from cluster.errors import EngineError
 from cluster.events import Event
 from cluster.log import Appended, EventLog
 from cluster.ray_session import find_free_port
-from serving.feedback import take_feedback
+from serving.feedback import Intake
 
 CLIENTS = 64
 BULK_EVENTS = 500
@@ -54,7 +54,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: (\d+)")
 
 
 class RedisLog:
-    """A Redis stream with what take_feedback asks of a log; the ack comes after Redis's sync."""
+    """A Redis stream with what `Intake` asks of a log; the ack comes after Redis's sync."""
 
     def __init__(self, port: int) -> None:
         from redis.asyncio import Redis  # Debian's server, PyPI's client: this benchmark alone needs them
@@ -89,10 +89,11 @@ def serve(log_path: str, redis_port: int, port: int) -> None:
     from starlette.routing import Route
 
     log: Any = RedisLog(redis_port) if redis_port else EventLog(log_path)
+    intake = Intake(log)
 
     async def feedback(request: Request) -> JSONResponse:
         stated = pydantic_core.from_json(await request.body())
-        receipt = await take_feedback(log, stated if isinstance(stated, list) else [stated])
+        receipt = await intake.take(stated if isinstance(stated, list) else [stated])
         return JSONResponse({"accepted": receipt.accepted, "results": [one._asdict() for one in receipt.appended]})
 
     app = Starlette(routes=[Route("/v1/feedback", feedback, methods=["POST"])])

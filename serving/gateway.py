@@ -27,7 +27,7 @@ from serving import recommender, schemas
 from serving.catalogue import Encode
 from serving.config import ServeConfig
 from serving.experiments import ARMS
-from serving.feedback import Receipt, parse_all, take_feedback
+from serving.feedback import Intake, Receipt, parse_all
 from serving.freshness import time_state
 from serving.metrics import Metrics, RequestTimer
 from serving.past import LATER_SEED, count_training_events, trained_version
@@ -61,6 +61,7 @@ class Gateway:
         self._config = config
         self._registry = registry
         self._log = log
+        self._intake = Intake(log)
         self._refresher = refresher
         self._recommender = recommender
         self._encode = encode
@@ -113,7 +114,7 @@ class Gateway:
 
     async def take_feedback(self, request: Request) -> Response:
         """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""
-        receipt = await take_feedback(self._log, self._entries(await self._read_body(request), "events"))
+        receipt = await self._intake.take(self._entries(await self._read_body(request), "events"))
         self._metrics.count_events("accepted", receipt.accepted)
         self._metrics.count_events("duplicate", receipt.duplicates)
         self._metrics.count_events("rejected", len(receipt.rejected))
