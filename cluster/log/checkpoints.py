@@ -3,8 +3,9 @@
 In:  the database's path, how many rows its writer has changed.  Out: a write-ahead log that starts again in time.
 Knows nothing of tables.
 
-What was committed meanwhile is copied while the writer is kept out: it is little, and only with nothing left to copy
-does SQLite write from the file's start again. Where that does not happen in time, the commit that passes
+What was committed meanwhile is copied too, and at last the little that is left, with the writer kept out: only with
+nothing left to copy does SQLite write from the file's start again. The more seldom, the fewer commits wait for it, and
+the more changes of a page are copied at once. Where that does not happen in time, the commit that passes
 `MOST_WAL_PAGES` copies all there is, so that opening a log that was left by a crash has no more than that to read.
 """
 
@@ -15,9 +16,9 @@ from pathlib import Path
 
 from cluster.log import schema
 
-ROWS_BETWEEN = 2_000
-"""Changed rows after which it is time again; each is on a page or two."""
-MOST_WAL_PAGES = 8_192
+ROWS_BETWEEN = 8_000
+"""Changed rows after which it is time again; each takes about a page of the write-ahead log."""
+MOST_WAL_PAGES = 16_384
 PATIENCE_MS = 20
 """How long to wait for the writer to be between two transactions."""
 CACHE_BYTES = 1 << 20
@@ -64,7 +65,7 @@ class Checkpointer:
         connection = schema.connect(self._path, cache_bytes=CACHE_BYTES)
         try:
             connection.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
-            for mode in ("PASSIVE", "FULL"):
+            for mode in ("PASSIVE", "PASSIVE", "FULL"):
                 connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
         finally:
             connection.close()
