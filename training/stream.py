@@ -39,8 +39,8 @@ class DataConfig:
     """Share of these, the newest, held out for early stopping until the last epochs."""
     batch_sequences: int = 64
     """Sequences a step, over all workers together."""
-    negatives: int = 1024
-    """Sampled negatives a step and worker; 0 takes every item instead, which makes the loss a full softmax."""
+    negatives: int = 2048
+    """Sampled negatives a step and worker; where the catalogue has no more, every item, which is a full softmax."""
     negative_power: float = 0.75
     """Negatives are drawn with probability ∝ (count + 1)^power."""
 
@@ -50,9 +50,9 @@ class DataConfig:
         for name in ("train_fraction", "validation_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be between 0 and 1")
-        for name, least in (("batch_sequences", 1), ("negatives", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("batch_sequences", "negatives"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,19 +155,19 @@ def build_sequences(history: History, windows: Windows) -> Sequences:
 
 
 class NegativeSampler:
-    """Draws item rows by smoothed popularity and knows with which probability; or gives all of them."""
+    """Draws item rows by smoothed popularity and knows with which probability; a small catalogue it gives whole."""
 
     def __init__(self, counts: np.ndarray, config: DataConfig) -> None:
         """`counts` [items] are interactions an item; every item can be drawn."""
-        weights = (counts + 1.0) ** (config.negative_power if config.negatives else 0.0)
+        self._draws = config.negatives if config.negatives < len(counts) else None
+        weights = (counts + 1.0) ** (0.0 if self._draws is None else config.negative_power)
         probability = weights / weights.sum()
         self.log_q = np.log(probability).astype(np.float32)
-        self._draws = config.negatives
         self._cumulative = np.cumsum(probability)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Return item rows, drawn independently; where all are wanted, each of them once, in any order."""
-        if not self._draws:
+        """Return item rows, drawn independently; of a small catalogue each item once, in any order."""
+        if self._draws is None:
             return rng.permutation(len(self._cumulative))
         drawn = np.searchsorted(self._cumulative, rng.random(self._draws), side="right")
         return np.minimum(drawn, len(self._cumulative) - 1)

@@ -85,7 +85,7 @@ def test_rows_are_the_catalogue_s_and_those_of_users_who_chose_something(dataset
 
 def test_negatives_are_drawn_by_what_training_saw_alone(dataset: Dataset, text_path: Path) -> None:
     # Counts 2, 2, 1, 0, 0, 0 before validation, each + 1: 3 + 3 + 2 + 1 + 1 + 1 = 11.
-    data = DataConfig(train_fraction=0.8, validation_fraction=0.25, negative_power=1.0)
+    data = DataConfig(train_fraction=0.8, validation_fraction=0.25, negatives=5, negative_power=1.0)
     sampler = load_inputs(dataset, data, TABLES, text_path).sampler
     np.testing.assert_allclose(np.exp(sampler.log_q) * 11, [3, 3, 2, 1, 1, 1], rtol=1e-6)
 

@@ -166,20 +166,22 @@ def test_batches_are_counted_about_right() -> None:
 
 def test_negatives_follow_smoothed_popularity() -> None:
     # (count + 1)^1/2 over counts 0, 3, 8: 1, 2, 3 of 6.
-    sampler = NegativeSampler(np.array([0, 3, 8]), DataConfig(negatives=60_000, negative_power=0.5))
+    sampler = NegativeSampler(np.array([0, 3, 8]), DataConfig(negatives=2, negative_power=0.5))
     np.testing.assert_allclose(np.exp(sampler.log_q), [1 / 6, 2 / 6, 3 / 6], rtol=1e-6)
-    drawn = np.bincount(sampler.draw(np.random.default_rng(0)), minlength=3) / 60_000
+    rng = np.random.default_rng(0)
+    drawn = np.bincount(np.concatenate([sampler.draw(rng) for _ in range(30_000)]), minlength=3) / 60_000
     np.testing.assert_allclose(drawn, [1 / 6, 2 / 6, 3 / 6], atol=0.01)
 
 
-def test_without_a_number_of_negatives_every_item_is_one() -> None:
-    sampler = NegativeSampler(np.array([0, 3, 8, 0]), DataConfig(negatives=0))
+@pytest.mark.parametrize("negatives", [4, 9])
+def test_of_a_catalogue_with_no_more_items_each_is_a_negative_once(negatives: int) -> None:
+    sampler = NegativeSampler(np.array([0, 3, 8, 0]), DataConfig(negatives=negatives))
     assert sorted(sampler.draw(np.random.default_rng(0)).tolist()) == [0, 1, 2, 3]
     np.testing.assert_allclose(np.exp(sampler.log_q), [1 / 4] * 4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "setting", [{"train_fraction": 1.0}, {"validation_fraction": 0.0}, {"batch_sequences": 0}, {"negatives": -1}]
+    "setting", [{"train_fraction": 1.0}, {"validation_fraction": 0.0}, {"batch_sequences": 0}, {"negatives": 0}]
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
     ((name, value),) = setting.items()
