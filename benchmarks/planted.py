@@ -12,7 +12,6 @@ processes, and an interrupted folder is finished by the same command.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from benchmarks.world import HELDOUT, LABEL_RATE, World, build_world
 from cluster.errors import ConfigError
 from cluster.examples import HELDOUT_FILE, INFO_FILE, SCHEMA_VERSION, ExamplesInfo
+from training.evaluation.predictions import auc
 
 PART_ROWS = 10_000_000
 GROUP_ROWS = 131_072
@@ -67,18 +67,6 @@ def planted_logit(folder: Path, user_B: np.ndarray, item_B: np.ndarray) -> np.nd
     if info["ids"] == "any":
         user_B, item_B = gather(user_B), gather(item_B)
     return world.logit(user_B, item_B)
-
-
-def auc(score_B: np.ndarray, label_B: np.ndarray) -> float:
-    """Return the chance that a 1 scores above a 0, equal scores counting half; NaN if only one class is there."""
-    order_B = np.argsort(score_B, kind="stable")
-    sorted_B, positive_B = score_B[order_B], label_B[order_B].astype(bool)
-    first_G = np.flatnonzero(np.concatenate([[True], sorted_B[1:] != sorted_B[:-1]]))
-    positives_G = np.add.reduceat(positive_B.astype(np.int64), first_G)
-    negatives_G = np.diff(np.append(first_G, len(sorted_B))) - positives_G
-    below_G = np.cumsum(negatives_G) - negatives_G
-    pairs = int(positives_G.sum()) * int(negatives_G.sum())
-    return float(np.sum(positives_G * (below_G + negatives_G / 2)) / pairs) if pairs else math.nan
 
 
 def optimum_auc(folder: Path) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.planted import auc, gather, optimum_auc, planted_logit, scatter, write_examples
+from benchmarks.planted import gather, optimum_auc, planted_logit, scatter, write_examples
 from benchmarks.world import HELDOUT, build_world
 from cluster.errors import ConfigError
 from cluster.examples import load_examples
@@ -130,10 +130,3 @@ def test_popularity_is_zipf_and_lies_all_over_the_table() -> None:
             assert abs(times[popular[rank]] - expected) < 5 * math.sqrt(expected)
         in_first_half = int(np.sum(popular[:100] < count // 2))
         assert 40 <= in_first_half <= 60
-
-
-def test_auc_counts_the_pairs_in_order_and_ties_as_half() -> None:
-    assert auc(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 1, 0, 1])) == 3 / 4
-    assert auc(np.array([1.0, 1.0]), np.array([0, 1])) == 1 / 2
-    assert auc(np.array([2.0, 1.0]), np.array([0, 1])) == 0
-    assert math.isnan(auc(np.array([1.0]), np.array([1])))

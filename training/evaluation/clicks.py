@@ -1,10 +1,11 @@
-"""AUC, log loss and normalised entropy of click predictions, in fixed memory however many there are.
+"""AUC, log loss, normalised entropy and calibration of click predictions, in fixed memory however many there are.
 
 In:  logits and labels, batch by batch, on any number of workers.  Out: figures over all of them.
-Knows nothing of models. Labels between 0 and 1 count as that share of a click.
+Knows nothing of models, nor of formulas, which are those of predictions.py. Labels between 0 and 1 count as that share
+of a click.
 
-AUC is of logits in bins of 1/256: pairs within a bin count half, which moves it by less than 10⁻⁴.
-Normalised entropy: log loss over that of always predicting the mean (He et al., ADKDD 2014); below 1 is better.
+AUC and calibration are of logits in bins of 1/256: pairs within a bin count half, and all of it is predicted what its
+middle is, which moves either by less than 10⁻⁴.
 """
 
 import math
@@ -12,6 +13,8 @@ import math
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+
+from training.evaluation.predictions import CALIBRATION_BINS, calibration_error, calibration_ratio, normalised_entropy
 
 BINS_PER_UNIT = 256
 LOGIT_RANGE = 16
@@ -49,16 +52,25 @@ class ClickTally:
         return whole
 
     def figures(self) -> dict[str, float]:
-        """Return `auc`, `log_loss` and `ne`; NaN where they are not defined (no examples, or of one label only)."""
+        """Return `auc`, `log_loss`, `ne`, `calibration` and `ece`; NaN where they are not defined.
+
+        That is without examples, or with those of one label only.
+        """
         unclicked, clicked = self._count
-        clicks, examples = clicked.sum().item(), max(self.examples, 1)
-        others = unclicked.sum().item()
+        clicks, others = clicked.sum().item(), unclicked.sum().item()
         below = unclicked.cumsum(0) - unclicked / 2
-        auc = (clicked * below).sum().item() / (clicks * others) if clicks and others else math.nan
-        rate = clicks / examples
-        entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else math.nan
-        log_loss = self._log_loss / examples if self.examples else math.nan
-        return {"auc": auc, "log_loss": log_loss, "ne": log_loss / entropy}
+        log_loss = self._log_loss / self.examples if self.examples else math.nan
+        probability = ((torch.arange(_BINS, dtype=torch.float64) + 0.5) / BINS_PER_UNIT - LOGIT_RANGE).sigmoid()
+        predicted = (unclicked + clicked) * probability
+        bins = torch.stack([unclicked + clicked, predicted, clicked])
+        bins = bins.new_zeros(3, CALIBRATION_BINS).index_add_(1, (probability * CALIBRATION_BINS).long(), bins)
+        return {
+            "auc": (clicked * below).sum().item() / (clicks * others) if clicks and others else math.nan,
+            "log_loss": log_loss,
+            "ne": normalised_entropy(log_loss, clicks / max(self.examples, 1)),
+            "calibration": calibration_ratio(predicted.sum().item(), clicks),
+            "ece": calibration_error(*bins.numpy()),
+        }
 
 
 def collective_device() -> torch.device:
