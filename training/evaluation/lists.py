@@ -93,9 +93,10 @@ def check_lists(top_BK: IntArray, items: int) -> None:
 def ndcg(hits: Hits, k: int) -> FloatArray:
     """Return DCG@k, Σ 1 / log2(1 + place) over hits, divided by that of the best list (Järvelin and Kekäläinen)."""
     hit_BK = hits.first(k).hit_BK
-    discount_K = 1 / np.log2(2.0 + np.arange(k))
+    discount_K: FloatArray = 1 / np.log2(np.arange(2.0, k + 2))
     ideal_K = np.cumsum(discount_K)
-    return (hit_BK * discount_K[: hit_BK.shape[1]]).sum(axis=1) / ideal_K[np.minimum(hits.relevant_B, k) - 1]
+    gain_BK: FloatArray = hit_BK * discount_K[: hit_BK.shape[1]]
+    return gain_BK.sum(axis=1) / ideal_K[hits.relevant_B.clip(max=k) - 1]
 
 
 def hit(hits: Hits, k: int) -> FloatArray:
