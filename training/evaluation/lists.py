@@ -63,7 +63,8 @@ def find_hits(top_BK: npt.ArrayLike, relevant_BI: sparse.csr_array) -> Hits:
 
 
 def contains(matrix_BI: sparse.csr_array, item_BK: IntArray) -> npt.NDArray[np.bool_]:
-    """Return whether each item is an entry of its row; `NO_ITEM` never is. The matrix has its indices sorted."""
+    """Return whether each item is an entry of its row; `NO_ITEM` never is."""
+    matrix_BI = matrix_BI.sorted_indices()
     lists, items = size_of(matrix_BI)
     row_N = np.repeat(np.arange(lists), np.diff(matrix_BI.indptr))
     key_N = row_N * items + matrix_BI.indices
@@ -93,15 +94,14 @@ def check_lists(top_BK: IntArray, items: int) -> None:
 def ndcg(hits: Hits, k: int) -> FloatArray:
     """Return DCG@k, Σ 1 / log2(1 + place) over hits, divided by that of the best list (Järvelin and Kekäläinen)."""
     hit_BK = hits.first(k).hit_BK
-    discount_K: FloatArray = 1 / np.log2(np.arange(2.0, k + 2))
+    discount_K = 1 / np.log2(np.arange(2.0, k + 2))
     ideal_K = np.cumsum(discount_K)
-    gain_BK: FloatArray = hit_BK * discount_K[: hit_BK.shape[1]]
-    return gain_BK.sum(axis=1) / ideal_K[hits.relevant_B.clip(max=k) - 1]
+    return (hit_BK * discount_K[: hit_BK.shape[1]]).sum(axis=1) / ideal_K[hits.relevant_B.clip(max=k) - 1]
 
 
 def hit(hits: Hits, k: int) -> FloatArray:
     """Return 1 where anything relevant is among the first k, else 0."""
-    return hits.first(k).hit_BK.any(axis=1).astype(np.float64)
+    return (hits.first(k).hit_BK.sum(axis=1) > 0).astype(np.float64)
 
 
 def recall(hits: Hits, k: int) -> FloatArray:

@@ -84,12 +84,25 @@ def difference_interval(
 
     Raises `DataError` when the two are not over the same events.
     """
+    difference = _paired_difference(values_N, baseline_N)
+    return mean_interval(difference, seed=seed, groups_N=groups_N, resamples=resamples)
+
+
+def paired_sums(values_N: npt.ArrayLike, baseline_N: npt.ArrayLike, groups_N: npt.ArrayLike | None) -> FloatArray:
+    """Return the sum of values − baseline of each group, or each event's where there are no groups.
+
+    Raises `DataError` when the two are not over the same events.
+    """
+    return _by_group(_paired_difference(values_N, baseline_N), groups_N)[0]
+
+
+def _paired_difference(values_N: npt.ArrayLike, baseline_N: npt.ArrayLike) -> FloatArray:
     values, baseline = np.asarray(values_N, dtype=np.float64), np.asarray(baseline_N, dtype=np.float64)
     if values.shape != baseline.shape:
         raise DataError(
             f"a paired difference needs the same events: {values.size:,} values, {baseline.size:,} baseline"
         )
-    return mean_interval(values - baseline, seed=seed, groups_N=groups_N, resamples=resamples)
+    return values - baseline
 
 
 def _by_group(values: FloatArray, groups_N: npt.ArrayLike | None) -> tuple[FloatArray, FloatArray]:

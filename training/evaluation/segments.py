@@ -1,0 +1,96 @@
+"""Parts of what is evaluated, on which the same metrics are told again: cold and warm, by activity, by any attribute.
+
+In:  the user and item rows of events, counts of what was trained on, columns of users.parquet and items.parquet.
+Out: by name, which of the events belong to a segment; only segments that have any.
+Knows nothing of metrics or systems. Segments may overlap: an item has several categories.
+
+Shapes: N events, U users, I items, R rows of whom an attribute is.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.dataset import Dataset
+from cluster.errors import DataError
+from training.evaluation.lists import IntArray
+
+Segments = dict[str, npt.NDArray[np.bool_]]
+
+ALL = "all"
+QUARTERS = 4
+MOST_VALUES = 50
+"""Values of one attribute; more are not segments but names."""
+
+
+def segments_by_history(user_N: IntArray, item_N: IntArray, count_U: IntArray, count_I: IntArray) -> Segments:
+    """Return all events, those of users and items with and without events in training, and by users' activity.
+
+    Quarters are of the warm users that are evaluated, by their number of events in training, the least active first.
+    """
+    activity_N, sold_N = count_U[user_N], count_I[item_N]
+    found = {
+        ALL: np.ones(len(user_N), bool),
+        "warm users": activity_N > 0,
+        "cold users": activity_N == 0,
+        "warm items": sold_N > 0,
+        "cold items": sold_N == 0,
+    }
+    activity_U = count_U[np.unique(user_N)]
+    warm_U = activity_U[activity_U > 0]
+    if len(warm_U) >= QUARTERS:
+        quarter_N = np.searchsorted(np.quantile(warm_U, np.arange(1, QUARTERS) / QUARTERS), activity_N)
+        for quarter in range(QUARTERS):
+            found[f"activity {quarter + 1} of {QUARTERS}"] = (activity_N > 0) & (quarter_N == quarter)
+    return _some(found)
+
+
+def segments_by_attribute(name: str, row_N: IntArray, value_R: pa.Array) -> Segments:
+    """Return a segment for each value of an attribute of the rows, a text or a list of texts; `row_N` are the events'.
+
+    Raises `DataError` when there are too many values.
+    """
+    if pa.types.is_list(value_R.type):
+        owner_V, value_V = pc.list_parent_indices(value_R).to_numpy(), pc.list_flatten(value_R)
+    else:
+        owner_V, value_V = np.arange(len(value_R)), value_R
+    encoded = value_V.dictionary_encode()
+    code_V = pc.fill_null(encoded.indices, -1).to_numpy()
+    if len(encoded.dictionary) > MOST_VALUES:
+        raise DataError(f"{name}: has {len(encoded.dictionary):,} values; segments are of at most {MOST_VALUES}")
+    found: Segments = {}
+    for code in pc.array_sort_indices(encoded.dictionary).to_pylist():
+        has_R = np.zeros(len(value_R), bool)
+        has_R[owner_V[code_V == code]] = True
+        found[f"{name}={encoded.dictionary[code].as_py()}"] = has_R[row_N]
+    return _some(found)
+
+
+def read_attribute(dataset: Dataset, name: str, user_ids: Sequence[str], item_ids: Sequence[str]) -> pa.Array:
+    """Return an attribute such as `user.gender`, `item.domain` or `item.categories` of each of these users or items.
+
+    Null where the dataset says nothing. Raises `DataError` for one that it does not have.
+    """
+    kind, _, column = name.partition(".")
+    if kind == "user":
+        table, ids = dataset.users(), user_ids
+        attributes = table["attributes"].combine_chunks()
+        known = attributes.keys.unique().to_pylist()
+        value_R = pc.map_lookup(attributes, pa.scalar(column), "first")
+    else:
+        table, ids = dataset.items(), item_ids
+        known = ["domain", "categories"]
+        value_R = table[column if column in known else "domain"].combine_chunks()
+    if kind not in ("user", "item") or column not in known:
+        raise DataError(f"{name}: is no attribute of {dataset.path}; {kind}s have {', '.join(sorted(known)) or 'none'}")
+    return value_R.take(pc.index_in(pa.array(ids, pa.string()), table[f"{kind}_id"]))
+
+
+def _some(segments: Segments) -> Segments:
+    return {name: chosen for name, chosen in segments.items() if chosen.any()}
