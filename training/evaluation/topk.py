@@ -70,6 +70,15 @@ def top_of_scores(score_BI: FloatRows, exclude_BI: sparse.csr_array, k: int) -> 
     return row_BK
 
 
+def popular_items(count_I: npt.NDArray[np.number], exclude_BI: sparse.csr_array, k: int) -> IntArray:
+    """Return the `k` items that most users have, of those not to be left out, for each row: what needs no model."""
+    enough = k + int(np.diff(exclude_BI.indptr).max(initial=0))  # nobody leaves out more of the first ones than that
+    first_W = np.argsort(-count_I, kind="stable")[:enough]
+    everyone_B1 = np.ones((len(exclude_BI.indptr) - 1, 1), np.float32)
+    place_BK, _score_BK = top_items(everyone_B1, count_I[first_W, None].astype(np.float32), exclude_BI[:, first_W], k)
+    return np.where(place_BK == NO_ITEM, NO_ITEM, first_W[place_BK])
+
+
 def _empty_lists(lists: int, k: int) -> tuple[FloatRows, IntArray]:
     return np.full((lists, k), -np.inf, np.float32), np.full((lists, k), NO_ITEM, np.int64)
 

@@ -20,7 +20,7 @@ def every_swap(differences):
 
 
 def test_p_is_the_share_of_swaps_that_make_as_large_a_difference():
-    # The differences are .4 .4 .4 .2 .2 .1 −.1: of all signs, all alike and those with either .1 the other way reach it.
+    # The differences are .4 .4 .4 .2 .2 .1 −.1: signs all alike, or all but one .1, make as large a sum.
     p = randomisation_test(FIRST, OTHER, seed=0, permutations=100_000)
     assert every_swap(FIRST - OTHER) == 6 / 128
     assert p == pytest.approx(6 / 128, abs=0.003)  # 5 standard deviations of a share of 100,000

@@ -9,7 +9,7 @@ from cluster.errors import DataError
 from training.evaluation import topk
 from training.evaluation.leakage import check_excluded
 from training.evaluation.lists import NO_ITEM
-from training.evaluation.topk import top_items, top_of_scores
+from training.evaluation.topk import popular_items, top_items, top_of_scores
 
 
 def small_world(seed, users=300, items=500, dim=8):
@@ -57,6 +57,15 @@ def test_where_nothing_is_left_places_stay_empty():
     scores = np.array([[1.0, 2.0, 3.0], [1.0, -np.inf, 0.0]], np.float32)
     seen = sparse.csr_array(np.array([[0, 1, 1], [0, 0, 0]]))
     assert top_of_scores(scores, seen, 4).tolist() == [[0, -1, -1, -1], [0, 2, -1, -1]]
+
+
+def test_popular_items_are_those_of_a_system_that_scores_everyone_alike():
+    _user, _item, seen = small_world(seed=5)
+    count = np.random.default_rng(6).integers(0, 20, 500)
+    lists = popular_items(count, seen, 10)
+    assert lists.tolist() == top_of_scores(np.tile(count.astype(np.float32), (300, 1)), seen, 10).tolist()
+    everything = sparse.csr_array(np.ones((1, 3)))
+    assert popular_items(np.array([1, 2, 3]), everything, 2).tolist() == [[NO_ITEM, NO_ITEM]]
 
 
 def test_entries_in_any_order_are_left_out():
