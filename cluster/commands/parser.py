@@ -185,10 +185,14 @@ def _tune(commands: Commands) -> _Parser:
 
 
 def _evaluate(commands: Commands) -> _Parser:
-    summary = "score a published version on a dataset's last part by time"
-    parser = _command(commands, "evaluate", "training.evaluation.command:run", summary, "", "--version 1")
+    summary = "score published versions on a dataset's last part by time, the first against the others"
+    examples = ("", "1", "1 3 --segments user.gender item.categories", "1 3 --page scores.html")
+    parser = _command(commands, "evaluate", "training.evaluation.command:run", summary, *examples)
+    parser.add_argument("versions", nargs="*", metavar="V", help="such as 1; default: the trained version that serves")
     _add_data_flag(parser)
-    parser.add_argument("--version", metavar="V", help="such as 1; default: the trained version that serves")
+    help_ = "also score the users or items of each value of these, such as user.age or item.domain"
+    parser.add_argument("--segments", nargs="+", default=[], metavar="ATTRIBUTE", help=help_)
+    parser.add_argument("--page", metavar="FILE", help="default: reports/evaluation.html in the home folder")
     return parser
 
 

@@ -1,49 +1,114 @@
-"""`recloop evaluate`: how well a published version names the next item on a dataset's last part.
+"""`recloop evaluate`: how well published versions name the next item on a dataset's last part.
 
-In:  a version and a dataset.  Out: Hit@10 and NDCG@10 with intervals, warm and cold users apart, EASE beside.
+In:  versions and a dataset.  Out: every metric with intervals, the first version against the others, EASE beside.
 Knows nothing of serving. The same events that `recloop replay` sends, ranked offline with user state live.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from cluster.config import load_recipe
+from cluster.config import Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
 from cluster.engine import open_registry
 from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS
 from cluster.registry import Registry, VersionRef
-from embeddings.vocabulary import Vocabulary
 from training.baselines.ease import replay_ease
-from training.evaluation.metrics import Interval, hit_at_k, mean_interval, ndcg_at_k
-from training.evaluation.next_item import Catalogue, rank_next_items
+from training.evaluation.leakage import check_not_fitted
+from training.evaluation.page import write_page
 from training.evaluation.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
+from training.evaluation.scoreboard import Row, Scoreboard, evaluate
+from training.evaluation.segments import ALL
+from training.evaluation.system import System, VersionSystem
 from training.inputs import training_events
 from training.models.served import ServedModel
-from training.models.version import ROOT, USER_ROWS, grow_rows
-from training.stream import DataConfig, build_history
+from training.models.version import RECIPE_FILE, ROOT
+from training.stream import DataConfig
 
-SEED = 0
+PAGE = "evaluation.html"
+HEADLINES = ("hit_at_10", "ndcg_at_10")
+"""Metrics that are told of every segment in the terminal; the others are on the page."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
-    """Score one version: the `recloop evaluate` command."""
+    """Score versions: the `recloop evaluate` command."""
     registry = open_registry(load_recipe(args.recipe, args.overrides), args.home)
-    ref = VersionRef.parse(args.version) if args.version else _trained_version(registry)
+    refs = list(dict.fromkeys(map(VersionRef.parse, args.versions))) or [_trained_version(registry)]
     dataset = load_dataset(args.data or args.home.default_dataset)
-    model = ServedModel.load(registry, ref)
-    if model.learned_seq:
+    known_events = max(_check_trained_on(registry, ref, dataset) for ref in refs)
+    systems = {str(ref): load_system(registry, ref) for ref in refs}
+    for ref in refs:
+        fitted = registry.open_version(ref.version).table("history")["event_id"]
+        check_not_fitted(fitted, dataset.events(["event_id"])["event_id"].slice(known_events))
+    scoreboard = evaluate(systems, dataset, known_events, args.segments)
+    metrics, segments = describe(scoreboard)
+    page = Path(args.page) if args.page else args.home.ensure().reports / PAGE
+    facts = {
+        "dataset": dataset.info.name,
+        "events to be named": f"{len(scoreboard.user_N):,} after the first {known_events:,}",
+        "items ranked": f"{scoreboard.items:,}, less those that the user has",
+    }
+    write_page(
+        page,
+        "Versions " + " and ".join(systems) if len(systems) > 1 else f"Version {refs[0]}",
+        facts,
+        metrics,
+        segments,
+    )
+    first, *others = systems
+    result = {"version": first, "others": others, "page": str(page), "scores": headlines(segments), "metrics": metrics}
+    return (result | {"segments": segments} if args.json else result) | ease_beside(dataset, known_events)
+
+
+def load_system(registry: Registry, ref: VersionRef) -> System:
+    """Return what a version is evaluated as."""
+    return VersionSystem(ServedModel.load(registry, ref))
+
+
+def describe(scoreboard: Scoreboard) -> tuple[list[Row], list[Row]]:
+    """Return the rows of all events, with tests against the first version, and those of every segment."""
+    tests = scoreboard.tests()
+    segments = [
+        {"segment": name, "events": int(chosen_N.sum())} | row
+        for name, chosen_N in scoreboard.segments.items()
+        for row in scoreboard.rows(name)
+    ]
+    metrics = [
+        {name: value for name, value in row.items() if name not in ("segment", "events")}
+        | tests.get((row["metric"], row["version"]), {})
+        for row in segments
+        if row["segment"] == ALL
+    ]
+    return metrics, segments
+
+
+def headlines(segments: list[Row]) -> list[Row]:
+    """Return a row a segment and version, with the headline metrics and their intervals."""
+    rows: dict[tuple[str, str], Row] = {}
+    for row in segments:
+        head = {name: row[name] for name in ("version", "segment", "events")}
+        found = rows.setdefault((row["segment"], row["version"]), head)
+        if (name := row["metric"]) in HEADLINES:
+            found |= {name: row["value"], f"{name}_low": row["low"], f"{name}_high": row["high"]}
+    return list(rows.values())
+
+
+def _check_trained_on(registry: Registry, ref: VersionRef, dataset: Dataset) -> int:
+    """Return how many of the dataset's events the version was allowed to see.
+
+    Raises `DataError` where it has learned others, or was trained on another dataset.
+    """
+    if learned_seq := registry.manifest(ref).last_seq:
         raise DataError(
-            f"version {ref}: has learned {model.learned_seq:,} live events, which may be those it would be scored on; "
+            f"version {ref}: has learned {learned_seq:,} live events, which may be those it would be scored on; "
             f"evaluate a trained version, such as {_trained_version(registry)}"
         )
-    history = registry.open_version(ref.version).table("history")
+    reader = registry.open_version(ref.version)
+    history = reader.table("history")
     if dataset.events(["event_id"])["event_id"].slice(0, len(history)) != history["event_id"]:
         raise DataError(f"{dataset.path}: is not the dataset that version {ref} was trained on")
-    return {"version": str(ref)} | evaluate(model, dataset)
+    return len(training_events(dataset, Recipe.from_resolved(reader.text(RECIPE_FILE)).section(DataConfig)))
 
 
 def _trained_version(registry: Registry) -> VersionRef:
@@ -52,63 +117,11 @@ def _trained_version(registry: Registry) -> VersionRef:
     return VersionRef(int(registry.manifest(VersionRef(current.version)).metrics.get(ROOT, current.version)))
 
 
-def evaluate(model: ServedModel, dataset: Dataset) -> dict[str, Any]:  # Any: JSON
-    """Return the version's figures on the events after the share it was allowed to train on.
-
-    Raises `DataError` when the dataset has items that the version does not know, or nothing after that share.
-    """
-    data = model.state.recipe.section(DataConfig)
-    events, known = dataset.events(), training_events(dataset, data)
-    items = Vocabulary(model.item_ids, model.item_count)
-    users = _all_users(model, events)
-    history = build_history(events, items, users)
-    targets = np.flatnonzero(history.order >= len(known))
-    if not len(targets):
-        raise DataError(f"{dataset.path}: holds no interactions after the first {len(known):,} events")
-    catalogue = Catalogue(item_ID=model.item_ID, user_UD=grow_rows(model.state.rows[USER_ROWS], len(users)))
-    first = np.isin(targets, history.starts)
-    ranks = np.zeros(len(targets), np.int64)
-    ranks[~first] = rank_next_items(model.dense, catalogue, history, targets[~first])
-    ranks[first] = _popularity_ranks(model.popularity_I)[history.item_row[targets[first]]]
-    return _describe(ranks, history.user_row[targets], set(users.rows(known["user_id"]).tolist())) | _ease(
-        dataset, len(known)
-    )
-
-
-def _popularity_ranks(popularity_I: np.ndarray) -> np.ndarray:
-    """Return each item's rank by popularity, ties in row order, as a stranger is served."""
-    ranks = np.empty(len(popularity_I), np.int64)
-    ranks[np.argsort(-popularity_I, kind="stable")] = np.arange(1, len(popularity_I) + 1)
-    return ranks
-
-
-def _all_users(model: ServedModel, events: pa.Table) -> Vocabulary:
-    known = list(model.state.user_ids)
-    met = set(known)
-    return Vocabulary([*known, *(user for user in events["user_id"].unique().to_pylist() if user not in met)], 2**31)
-
-
-def _describe(ranks: np.ndarray, users: np.ndarray, known_users: set[int]) -> dict[str, Any]:  # Any: JSON
-    warm = np.isin(users, list(known_users))
-    rows = []
-    for name, chosen in (("all", np.ones(len(ranks), bool)), ("warm users", warm), ("cold users", ~warm)):
-        if chosen.any():
-            hit = mean_interval(hit_at_k(ranks[chosen], 10), seed=SEED, groups_N=users[chosen])
-            ndcg = mean_interval(ndcg_at_k(ranks[chosen], 10), seed=SEED, groups_N=users[chosen])
-            rows.append(
-                {"segment": name, "events": int(chosen.sum())} | _row("hit_at_10", hit) | _row("ndcg_at_10", ndcg)
-            )
-    return {"scores": rows}
-
-
-def _row(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def _ease(dataset: Dataset, train_events: int) -> dict[str, Any]:  # Any: JSON
+def ease_beside(dataset: Dataset, known_events: int) -> dict[str, Any]:  # Any: JSON
+    """Return EASE's headline figures on the same events, refitted as they come; nothing where it cannot be fitted."""
     if dataset.info.items > EASE_ITEM_LIMIT or not set(dataset.info.kinds) <= INTERACTION_KINDS:
         return {}
     ease = replay_ease(
-        dataset.events(["user_id", "item_id", "kind"]), train_events=train_events, refit_every=EASE_REFIT_EVERY
+        dataset.events(["user_id", "item_id", "kind"]), train_events=known_events, refit_every=EASE_REFIT_EVERY
     )
     return {"ease_refitted": {"hit_at_10": float(ease.hits.mean()), "ndcg_at_10": float(ease.ndcg.mean())}}

@@ -58,18 +58,35 @@ def mean_interval(
 
     Raises `DataError` when there are no values.
     """
-    values = np.asarray(values_N, dtype=np.float64)
+    values_N1 = np.asarray(values_N, dtype=np.float64)[:, None]
+    return mean_intervals(values_N1, seed=seed, groups_N=groups_N, resamples=resamples)[0]
+
+
+def mean_intervals(
+    values_NM: npt.ArrayLike, *, seed: int, groups_N: npt.ArrayLike | None = None, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """Return `mean_interval` of each of M columns, from the same draws: one product for all of them.
+
+    Raises `DataError` when there are no values.
+    """
+    values = np.asarray(values_NM, dtype=np.float64)
     if values.size == 0:
         raise DataError("a mean of no events is asked for; evaluate on at least one event")
-    sums_G, counts_G = _by_group(values, groups_N)
+    sums_GM, counts_G = by_group(values, groups_N)
+    groups = len(counts_G)
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    step = max(1, _DRAWS_AT_ONCE // sums_G.size)
+    means_RM = np.empty((resamples, values.shape[1]))
+    step = max(1, _DRAWS_AT_ONCE // groups)
     for start in range(0, resamples, step):
-        drawn = rng.integers(0, sums_G.size, size=(min(step, resamples - start), sums_G.size))
-        means[start : start + step] = sums_G[drawn].sum(axis=1) / counts_G[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=values.size)
+        drawn = rng.integers(0, groups, size=(min(step, resamples - start), groups))
+        drawn += np.arange(len(drawn))[:, None] * groups
+        times_RG = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+        means_RM[start : start + step] = (times_RG @ sums_GM) / (times_RG @ counts_G)[:, None]
+    low_M, high_M = np.quantile(means_RM, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return [
+        Interval(mean=float(mean), low=float(low), high=float(high), n=len(values))
+        for mean, low, high in zip(values.mean(axis=0), low_M, high_M, strict=True)
+    ]
 
 
 def difference_interval(
@@ -84,19 +101,11 @@ def difference_interval(
 
     Raises `DataError` when the two are not over the same events.
     """
-    difference = _paired_difference(values_N, baseline_N)
-    return mean_interval(difference, seed=seed, groups_N=groups_N, resamples=resamples)
+    return mean_interval(paired_difference(values_N, baseline_N), seed=seed, groups_N=groups_N, resamples=resamples)
 
 
-def paired_sums(values_N: npt.ArrayLike, baseline_N: npt.ArrayLike, groups_N: npt.ArrayLike | None) -> FloatArray:
-    """Return the sum of values − baseline of each group, or each event's where there are no groups.
-
-    Raises `DataError` when the two are not over the same events.
-    """
-    return _by_group(_paired_difference(values_N, baseline_N), groups_N)[0]
-
-
-def _paired_difference(values_N: npt.ArrayLike, baseline_N: npt.ArrayLike) -> FloatArray:
+def paired_difference(values_N: npt.ArrayLike, baseline_N: npt.ArrayLike) -> FloatArray:
+    """Return values − baseline, event by event. Raises `DataError` when the two are not over the same events."""
     values, baseline = np.asarray(values_N, dtype=np.float64), np.asarray(baseline_N, dtype=np.float64)
     if values.shape != baseline.shape:
         raise DataError(
@@ -105,11 +114,13 @@ def _paired_difference(values_N: npt.ArrayLike, baseline_N: npt.ArrayLike) -> Fl
     return values - baseline
 
 
-def _by_group(values: FloatArray, groups_N: npt.ArrayLike | None) -> tuple[FloatArray, FloatArray]:
+def by_group(values_NM: FloatArray, groups_N: npt.ArrayLike | None) -> tuple[FloatArray, FloatArray]:
+    """Return the sums of each group's values [G, M] and its number of events [G]; without groups each event is one."""
     if groups_N is None:
-        return values, np.ones_like(values)
+        return values_NM, np.ones(len(values_NM))
     groups = np.asarray(groups_N)
-    if groups.shape != values.shape:
-        raise DataError(f"every value needs its group: {values.size:,} values, {groups.size:,} groups")
-    _names, rows = np.unique(groups, return_inverse=True)
-    return np.bincount(rows, weights=values).astype(np.float64), np.bincount(rows).astype(np.float64)
+    if len(groups) != len(values_NM):
+        raise DataError(f"every value needs its group: {len(values_NM):,} values, {len(groups):,} groups")
+    rows = np.unique(groups, return_inverse=True)[1]
+    sums = [np.bincount(rows, weights=values_N).astype(np.float64) for values_N in values_NM.T]
+    return np.stack(sums, axis=1), np.bincount(rows).astype(np.float64)

@@ -1,6 +1,7 @@
 """How well the model names the next item: every catalogue item ranked, items the user already has left out.
 
-In:  the dense part, whole tables, a history and which of its interactions to predict.  Out: one rank an interaction.
+In:  the dense part, whole tables, a history and which of its interactions to predict.
+Out: one rank an interaction, or the list that would be shown in its place.
 Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
 
 Shapes: B interactions to predict, I items, K candidates, D dimension.
@@ -17,6 +18,8 @@ from training.stream import History, Windows, build_sequences, windows_before
 
 UNRANKED = 0
 """The rank of an item that is not among the candidates."""
+NOT_SHOWN = -1
+"""Fills lists of fewer candidates than others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,6 @@ class Catalogue:
     """User rows."""
 
 
-@torch.inference_mode()
 def rank_next_items(
     dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray, batch_size: int = 128
 ) -> np.ndarray:
@@ -37,16 +39,27 @@ def rank_next_items(
 
     Targets must not be a user's first interaction. The model is in evaluation mode on return.
     """
-    dense.eval()
-    windows = windows_before(history, targets, dense.config.max_history)
-    ranks = [
-        _rank_batch(dense, catalogue, history, windows.pick(np.arange(start, min(start + batch_size, len(targets)))))
-        for start in range(0, len(targets), batch_size)
-    ]
+    ranks = []
+    for start in range(0, len(targets), batch_size):
+        batch = targets[start : start + batch_size]
+        found_BK = list_next_items(dense, catalogue, history, batch) == history.item_row[batch, None]
+        ranks.append(np.where(found_BK.any(axis=1), found_BK.argmax(axis=1) + 1, UNRANKED))
     return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
 
 
-def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
+@torch.inference_mode()
+def list_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> np.ndarray:
+    """Return the item rows of the candidates [B, K] as they would be shown in place of each target, best first.
+
+    `NOT_SHOWN` where fewer are left. All targets make one batch, and must not be a user's first interaction. The model
+    is in evaluation mode on return.
+    """
+    dense.eval()
+    windows = windows_before(history, targets, dense.config.max_history)
+    return _list_batch(dense, catalogue, history, windows)
+
+
+def _list_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
     sequences = build_sequences(history, windows)
     device = catalogue.item_ID.device
     user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
@@ -66,10 +79,8 @@ def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows
     # The order that is served, ties included; what is excluded or not a number has no rank.
     order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK]).masked_fill(~score_BK.isfinite(), float("-inf"))
     best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
-    target_B1 = torch.from_numpy(history.item_row[windows.last]).to(device).unsqueeze(1)
-    found_BK = (candidate_BK == target_B1) & order_BK.isfinite()
-    place_B = found_BK.gather(1, best_BK).int().argmax(1)
-    return torch.where(found_BK.any(1), place_B + 1, UNRANKED).cpu().numpy()
+    shown_BK = torch.where(order_BK.isfinite(), candidate_BK, NOT_SHOWN).gather(1, best_BK)
+    return shown_BK.cpu().numpy()
 
 
 def _user_starts(history: History, windows: Windows) -> np.ndarray:

@@ -1,0 +1,176 @@
+"""Systems side by side: a classical one has only to give scores; figures against counts by hand."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, write_dataset
+from cluster.errors import DataError
+from cluster.events import Event, events_table
+from training.baselines.interface import Recommender, seen_matrix
+from training.baselines.neighbours import ItemNeighbours
+from training.baselines.popularity import Popularity
+from training.evaluation import system as system_module
+from training.evaluation.scoreboard import Scoreboard, evaluate
+from training.evaluation.segments import ALL
+
+ITEMS = [f"i{n}" for n in range(24)]
+
+
+class Fitted:
+    """A classical recommender as a system: the adapter is all that a new kind needs."""
+
+    text_IE = None
+
+    def __init__(self, recommender: Recommender, item_ids=ITEMS) -> None:
+        self.item_ids = item_ids
+        self._recommender = recommender
+
+    def scores(self, cases):
+        for batch in cases.batches():
+            yield self._recommender.scores(batch.seen, cases.history.user_row[batch.targets])
+
+
+def checkerboard(path, *, late=()):
+    """Write twenty users of even or odd items, in an order of their own, sixteen events each; time goes round."""
+    rng = np.random.default_rng(0)
+    order = [rng.permutation(np.arange(user % 2, len(ITEMS), 2)) for user in range(20)]
+    order = [np.concatenate([items, items[:4]]) for items in order]
+    events = [
+        Event(user_id=f"u{user}", item_id=ITEMS[order[user][turn]], kind="click", ts_us=20 * turn + user)
+        for turn in range(10)
+        for user in range(20)
+    ]
+    categories = [["even"] if n % 2 == 0 else ["odd"] for n in range(len(ITEMS))]
+    return write_dataset(
+        path,
+        name="board",
+        events=events_table([*events, *late]),
+        items=pa.Table.from_pylist(
+            [
+                {"item_id": item, "domain": "a" if n < 12 else "b", "text": "", "categories": listed}
+                for n, (item, listed) in enumerate(zip(ITEMS, categories, strict=True))
+            ],
+            schema=ITEM_SCHEMA,
+        ),
+        users=pa.Table.from_pylist(
+            [
+                {"user_id": f"u{user}", "attributes": [("side", "even" if user % 2 == 0 else "odd")]}
+                for user in range(20)
+            ],
+            schema=USER_SCHEMA,
+        ),
+        label="clicks",
+        sources=[],
+        rejected={},
+    )
+
+
+def fitted_on(dataset, known, recommender):
+    events = dataset.events().slice(0, known)
+    users = dataset.events()["user_id"].unique().to_pylist()
+    user_N = np.array([users.index(user) for user in events["user_id"].to_pylist()])
+    item_N = np.array([ITEMS.index(item) for item in events["item_id"].to_pylist()])
+    return Fitted(recommender.fit(seen_matrix(user_N, item_N, len(users), len(ITEMS))))
+
+
+def board(tmp_path, known=160, attributes=()) -> Scoreboard:
+    dataset = checkerboard(tmp_path / "data")
+    systems = {
+        "popular": fitted_on(dataset, known, Popularity()),
+        "neighbours": fitted_on(dataset, known, ItemNeighbours()),
+    }
+    return evaluate(systems, dataset, known, attributes)
+
+
+def test_a_system_that_sees_the_pattern_names_every_item_and_is_significantly_better(tmp_path):
+    found = board(tmp_path)
+    row = {(row["metric"], row["version"]): row for row in found.rows()}
+    # Of twelve items of a kind a user has eight or nine: all that are left fit into ten places.
+    assert len(found.user_N) == 40
+    assert row["hit_at_10", "neighbours"]["value"] == 1
+    assert row["recall_at_10", "neighbours"]["value"] == row["hit_at_10", "neighbours"]["value"]
+    assert row["precision_at_10", "neighbours"]["value"] == pytest.approx(1 / 10)
+    assert row["f1_at_10", "neighbours"]["value"] == pytest.approx(2 / 11)
+    assert row["hit_at_10", "popular"]["value"] < 1
+    better = row["ndcg_at_10", "neighbours"]
+    assert better["difference"] == pytest.approx(better["value"] - row["ndcg_at_10", "popular"]["value"])
+    assert better["difference_low"] > 0
+    assert found.tests()["ndcg_at_10", "neighbours"]["p_holm"] < 0.01
+    # What popularity names itself is never a surprise.
+    assert row["serendipity", "popular"]["value"] == 0
+    assert row["serendipity", "neighbours"]["value"] > 0
+    assert row["coverage", "neighbours"]["value"] == 1
+    assert "low" not in row["coverage", "neighbours"]
+
+
+def test_a_system_against_itself_does_not_differ(tmp_path):
+    dataset = checkerboard(tmp_path / "data")
+    systems = {name: fitted_on(dataset, 160, Popularity()) for name in ("first", "again", "once more")}
+    found = evaluate(systems, dataset, 160)
+    assert {test["p_holm"] for test in found.tests().values()} == {1.0}
+    for row in found.rows():
+        if "difference" in row:
+            assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
+
+
+def test_segments_are_parts_of_the_whole(tmp_path):
+    found = board(tmp_path, attributes=["user.side", "item.categories"])
+    whole = {(row["metric"], row["version"]): row["value"] for row in found.rows(ALL)}
+    assert [name for name in found.segments if name.startswith("item.domain")] == ["item.domain=a", "item.domain=b"]
+    for parts in (("user.side=even", "user.side=odd"), ("item.domain=a", "item.domain=b")):
+        sizes = [found.segments[name].sum() for name in parts]
+        assert sum(sizes) == 40
+        values = [
+            next(r["value"] for r in found.rows(name) if (r["metric"], r["version"]) == ("ndcg_at_10", "popular"))
+            for name in parts
+        ]
+        assert np.average(values, weights=sizes) == pytest.approx(whole["ndcg_at_10", "popular"])
+    assert (found.segments["user.side=even"] == found.segments["item.categories=even"]).all()
+
+
+def test_batches_do_not_show(tmp_path, monkeypatch):
+    whole = board(tmp_path)
+    monkeypatch.setattr(system_module, "SCORES_AT_ONCE", 7 * len(ITEMS))
+    parts = board(tmp_path)
+    for name, lists in whole.lists.items():
+        assert lists.tolist() == parts.lists[name].tolist()
+
+
+def test_lists_leave_out_what_the_user_had_before_and_nothing_after(tmp_path):
+    dataset = checkerboard(tmp_path / "data")
+    found = evaluate({"popular": fitted_on(dataset, 160, Popularity())}, dataset, 160)
+    events = dataset.events().to_pylist()
+    users = dataset.events()["user_id"].unique().to_pylist()
+    turns = {}
+    for place in range(len(found.user_N)):
+        user = found.user_N[place]
+        turn = turns[user] = turns.get(user, 8) + 1  # eight are known; then the ninth, then the tenth is named
+        had = [ITEMS.index(event["item_id"]) for event in events if event["user_id"] == users[user]][: turn - 1]
+        assert not set(found.lists["popular"][place].tolist()) & set(had)
+
+
+def test_systems_that_do_not_fit_together_are_errors(tmp_path):
+    dataset = checkerboard(tmp_path / "data")
+    popular = fitted_on(dataset, 160, Popularity())
+    with pytest.raises(DataError, match="versions a and b recommend different items"):
+        evaluate({"a": popular, "b": Fitted(Popularity(), ITEMS[::-1])}, dataset, 160)
+    with pytest.raises(DataError, match="holds no interactions after"):
+        evaluate({"a": popular}, dataset, 200)
+
+    class Broken:
+        item_ids, text_IE = ITEMS, None
+
+        def __init__(self, make):
+            self._make = make
+
+        def scores(self, cases):
+            for batch in cases.batches():
+                yield self._make(batch.seen.shape)
+
+    for make, said in (
+        (lambda shape: np.full(shape, np.nan, np.float32), "not finite"),
+        (lambda shape: np.zeros((shape[0], 3), np.float32), "scores of shape"),
+    ):
+        with pytest.raises(DataError, match=said):
+            evaluate({"a": Broken(make)}, dataset, 160)

@@ -1,0 +1,201 @@
+"""Systems side by side: the same interactions named by each, every metric of their lists, and what of it is luck.
+
+In:  systems and a dataset, of which the first events are known.  Out: values an interaction; rows of figures.
+Knows nothing of versions, or of how figures are shown.
+
+Each interaction after the known events is to be named from its user's history before it: one relevant item, all items
+ranked but those that the user has. Intervals draw whole users, tests swap whole users.
+
+Shapes: N interactions to be named, K places, M metrics, I items, U users.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy import sparse
+
+from cluster.dataset import Dataset
+from cluster.errors import DataError
+from embeddings.vocabulary import Vocabulary
+from training.evaluation import beyond_accuracy
+from training.evaluation.leakage import check_excluded, check_time_order
+from training.evaluation.lists import IntArray, find_hits, list_values
+from training.evaluation.metrics import FloatArray, mean_intervals
+from training.evaluation.segments import ALL, Segments, read_attribute, segments_by_attribute, segments_by_history
+from training.evaluation.significance import holm, randomisation_tests
+from training.evaluation.system import Cases, System
+from training.evaluation.topk import popular_items, top_of_scores
+from training.stream import build_history
+
+K = 10
+SEED = 0
+
+Row = dict[str, Any]  # Any: whatever JSON holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoreboard:
+    """What systems did on the same interactions."""
+
+    values: Mapping[str, Mapping[str, FloatArray]]
+    """System to metric to values [N]."""
+    lists: Mapping[str, IntArray]
+    """System to lists [N, K]."""
+    user_N: IntArray
+    segments: Segments
+    items: int
+
+    def rows(self, segment: str = ALL) -> list[Row]:
+        """Return a row a metric and system: value and interval over a segment, and the difference to the first system.
+
+        Figures of all lists together have no interval.
+        """
+        chosen_N = self.segments[segment]
+        first, *others = self.values
+        names = list(self.values[first])
+        columns = [np.stack([self.values[system][name][chosen_N] for name in names], axis=1) for system in self.values]
+        differences = [column_NM - columns[0] for column_NM in columns[1:]]
+        both_NM = np.concatenate([*columns, *differences], axis=1)
+        found = iter(mean_intervals(both_NM, seed=SEED, groups_N=self.user_N[chosen_N]))
+        rows = {
+            (name, system): {"metric": name, "version": system, "value": i.mean, "low": i.low, "high": i.high}
+            for system in self.values
+            for name, i in zip(names, found, strict=False)
+        }
+        for system in others:
+            for name, i in zip(names, found, strict=False):
+                rows[name, system] |= {"difference": i.mean, "difference_low": i.low, "difference_high": i.high}
+        for system, lists_NK in self.lists.items():
+            exposure_I = beyond_accuracy.exposure(lists_NK[chosen_N], self.items)
+            for name, figure in (("coverage", beyond_accuracy.coverage), ("gini", beyond_accuracy.gini)):
+                rows[name, system] = {"metric": name, "version": system, "value": figure(exposure_I)}
+        order = [*names, "coverage", "gini"]
+        return [rows[name, system] for name in order for system in self.values]
+
+    def tests(self) -> dict[tuple[str, str], Row]:
+        """Return the p-value of each metric's difference to the first system, and Holm's over all other systems."""
+        first, *others = self.values
+        names = list(self.values[first])
+        p_SM = np.empty((len(others), len(names)))
+        for place, system in enumerate(others):
+            difference_NM = np.stack([self.values[system][name] - self.values[first][name] for name in names], axis=1)
+            p_SM[place] = randomisation_tests(difference_NM, seed=SEED, groups_N=self.user_N)
+        return {
+            (name, system): {"p": p, "p_holm": adjusted}
+            for column, name in enumerate(names)
+            for system, p, adjusted in zip(
+                others, p_SM[:, column].tolist(), holm(p_SM[:, column]).tolist(), strict=True
+            )
+        }
+
+
+def evaluate(
+    systems: Mapping[str, System], dataset: Dataset, known_events: int, attributes: Sequence[str] = ()
+) -> Scoreboard:
+    """Have systems name the interactions after the first `known_events`; segments also by `attributes`.
+
+    Raises `DataError` where systems recommend different items, the dataset has items they do not know or nothing after
+    those events, and where anything of it could not be fair (training/evaluation/leakage.py).
+    """
+    item_ids = _common_items(systems)
+    events = dataset.events()
+    known = events.slice(0, known_events)
+    check_time_order(known["ts_us"].to_numpy(), events["ts_us"].slice(known_events).to_numpy())
+    user_ids = events["user_id"].unique()
+    items, users = Vocabulary(item_ids, len(item_ids)), Vocabulary(user_ids.to_pylist(), len(user_ids))
+    history = build_history(events, items, users)
+    targets = np.flatnonzero(history.order >= known_events)
+    if not len(targets):
+        raise DataError(f"{dataset.path}: holds no interactions after the first {known_events:,} events")
+    cases = Cases(history=history, targets=targets, user_ids=user_ids, item_ids=item_ids)
+    user_N, item_N = history.user_row[targets], history.item_row[targets]
+    sold_I = np.bincount(history.item_row[history.order < known_events], minlength=len(items))
+    active_U = np.bincount(users.rows(known["user_id"]), minlength=len(users))
+    segments = segments_by_history(user_N, item_N, active_U, sold_I)
+    catalogue = dataset.items()
+    for name in _with_domain(attributes, catalogue):
+        values = read_attribute(dataset, name, users.ids, item_ids)
+        segments |= segments_by_attribute(name, user_N if name.startswith("user.") else item_N, values)
+    lists, popular_NK = _name(systems, cases, sold_I)
+    text_IE = next((system.text_IE for system in systems.values() if system.text_IE is not None), None)
+    vectors = _item_vectors(catalogue, items, text_IE)
+    buyers = int((np.bincount(history.user_row[history.order < known_events]) > 0).sum())
+    return Scoreboard(
+        values={
+            name: _values(lists_NK, popular_NK, item_N, sold_I, buyers, vectors) for name, lists_NK in lists.items()
+        },
+        lists=lists,
+        user_N=user_N,
+        segments=segments,
+        items=len(items),
+    )
+
+
+def _common_items(systems: Mapping[str, System]) -> Sequence[str]:
+    (first, system), *others = systems.items()
+    for name, other in others:
+        if list(other.item_ids) != list(system.item_ids):
+            raise DataError(f"versions {first} and {name} recommend different items; compare those of one catalogue")
+    return system.item_ids
+
+
+def _name(systems: Mapping[str, System], cases: Cases, sold_I: IntArray) -> tuple[dict[str, IntArray], IntArray]:
+    """Return every system's lists, and those of what is popular."""
+    lists: dict[str, list[IntArray]] = {name: [] for name in systems}
+    popular = []
+    for batch, *scores in zip(cases.batches(), *(system.scores(cases) for system in systems.values()), strict=True):
+        popular.append(popular_items(sold_I, batch.seen, K))
+        for (name, found), score_BI in zip(lists.items(), scores, strict=True):
+            if score_BI.shape != batch.seen.shape:
+                raise DataError(f"version {name}: scores of shape {score_BI.shape}, not {batch.seen.shape}")
+            top_BK = top_of_scores(score_BI, batch.seen, K)
+            check_excluded(top_BK, batch.seen)
+            found.append(top_BK)
+    return {name: np.concatenate(found) for name, found in lists.items()}, np.concatenate(popular)
+
+
+def _values(
+    lists_NK: IntArray,
+    popular_NK: IntArray,
+    item_N: IntArray,
+    sold_I: IntArray,
+    buyers: int,
+    vectors: Mapping[str, npt.NDArray[np.floating] | sparse.csr_array],
+) -> dict[str, FloatArray]:
+    shape, count = (len(item_N), len(sold_I)), len(item_N)
+    hits = find_hits(lists_NK, sparse.csr_array((np.ones(count), item_N, np.arange(count + 1)), shape))
+    values = list_values(hits, K)
+    values["novelty_bits"] = beyond_accuracy.novelty(lists_NK, sold_I, buyers)
+    values["popularity"] = beyond_accuracy.popularity(lists_NK, sold_I)
+    values |= {name: beyond_accuracy.diversity(lists_NK, unit_ID) for name, unit_ID in vectors.items()}
+    values["serendipity"] = beyond_accuracy.serendipity(hits, lists_NK, popular_NK, K)
+    return values
+
+
+def _item_vectors(
+    catalogue: pa.Table, items: Vocabulary, text_IE: npt.NDArray[np.floating] | None
+) -> dict[str, npt.NDArray[np.floating] | sparse.csr_array]:
+    """Return what lists can be diverse in."""
+    vectors: dict[str, npt.NDArray[np.floating] | sparse.csr_array] = {}
+    if text_IE is not None:
+        vectors["diversity_text"] = beyond_accuracy.unit_vectors(text_IE[: len(items)])
+    categories: list[Sequence[str]] = [()] * len(items)
+    for row, listed in zip(items.rows(catalogue["item_id"]).tolist(), catalogue["categories"].to_pylist(), strict=True):
+        if row >= 0:
+            categories[row] = listed
+    if any(categories):
+        vectors["diversity_categories"] = beyond_accuracy.category_vectors(categories)
+    return vectors
+
+
+def _with_domain(attributes: Sequence[str], catalogue: pa.Table) -> list[str]:
+    """Return the attributes, with the domain where there are several."""
+    domain = ["item.domain"] if len(catalogue["domain"].unique()) > 1 else []
+    return list(dict.fromkeys([*domain, *attributes]))

@@ -1,0 +1,131 @@
+"""What can be evaluated: whatever scores items for someone, given what that user did before.
+
+In:  interactions to be named.  Out: batches of them, and every system's scores for each.
+Knows nothing of metrics. `System` is all that a kind of recommender has to be to stand on the scoreboard.
+
+Shapes: N interactions to be named, B of a batch, I items.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from scipy import sparse
+
+from embeddings.vocabulary import UNKNOWN_ROW
+from training.evaluation.lists import IntArray
+from training.evaluation.next_item import NOT_SHOWN, Catalogue, list_next_items
+from training.models.served import ServedModel
+from training.models.version import TEXT_ROWS, USER_ROWS
+from training.stream import History
+
+SCORES_AT_ONCE = 16_000_000
+"""Of one batch: 64 MB a system."""
+MOST_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots, which leave no room for what is computed when it is asked for
+class Batch:
+    """Some interactions to be named."""
+
+    history: History
+    targets: IntArray
+    """Their indices into the history."""
+    items: int
+
+    @cached_property
+    def seen(self) -> sparse.csr_array:
+        """Return what each one's user had before it, [B, I]: 1 an item."""
+        owner_B = np.searchsorted(self.history.starts, self.targets, side="right") - 1
+        first_B = self.history.starts[owner_B]
+        count_B = self.targets - first_B
+        ends_B = np.cumsum(count_B)
+        place_N = np.arange(count_B.sum()) + np.repeat(first_B - ends_B + count_B, count_B)
+        indptr = np.concatenate([[0], ends_B])
+        shape = (len(self.targets), self.items)
+        seen_BI = sparse.csr_array((np.ones(len(place_N), np.float32), self.history.item_row[place_N], indptr), shape)
+        seen_BI.sum_duplicates()
+        seen_BI.data[:] = 1
+        return seen_BI
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """Interactions to be named, each from what its user did before it."""
+
+    history: History
+    targets: IntArray
+    """Their indices into the history."""
+    user_ids: pa.Array
+    """By `history.user_row`."""
+    item_ids: Sequence[str]
+    """By `history.item_row`."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the interactions in order, as many at once as there is room for their scores."""
+        at_once = max(1, min(MOST_AT_ONCE, SCORES_AT_ONCE // len(self.item_ids)))
+        for start in range(0, len(self.targets), at_once):
+            targets = self.targets[start : start + at_once]
+            yield Batch(history=self.history, targets=targets, items=len(self.item_ids))
+
+    def user_rows(self, known_ids: Sequence[str]) -> IntArray:
+        """Return the row that a system has each user in, by `history.user_row`; `UNKNOWN_ROW` where it knows none."""
+        rows = pc.index_in(self.user_ids, pa.array(known_ids, pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+        return rows.fill_null(UNKNOWN_ROW).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+class System(Protocol):
+    """What can be evaluated."""
+
+    item_ids: Sequence[str]
+    """What it can recommend, by row."""
+    text_IE: npt.NDArray[np.floating] | None
+    """What it knows of the items' content, for the diversity of lists; none where it knows nothing."""
+
+    def scores(self, cases: Cases) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield scores [B, I] for each of `cases.batches()`, in order; larger is better, −∞ is not to be shown.
+
+        It may look at the history before a target, and never at the target. What the user has already is left out by
+        whoever asks.
+        """
+        ...
+
+
+class VersionSystem:
+    """A published version of the two-stage model, as it would be served."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.item_ids: Sequence[str] = model.item_ids
+        self.text_IE: npt.NDArray[np.floating] | None = model.state.rows[TEXT_ROWS].numpy()
+        self._model = model
+
+    def scores(self, cases: Cases) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield minus the place at which each candidate would be shown; popularity where a user has no history."""
+        model = self._model
+        row_U = torch.from_numpy(cases.user_rows(model.state.user_ids))
+        user_UD = model.state.rows[USER_ROWS].new_zeros(len(row_U), model.item_ID.shape[1])
+        user_UD[row_U != UNKNOWN_ROW] = model.state.rows[USER_ROWS][row_U[row_U != UNKNOWN_ROW]]
+        catalogue = Catalogue(item_ID=model.item_ID, user_UD=user_UD)
+        for batch in cases.batches():
+            first_B = np.isin(batch.targets, cases.history.starts)
+            score_BI = np.empty((len(batch.targets), batch.items), np.float32)
+            score_BI[first_B] = model.popularity_I
+            if not first_B.all():
+                later = batch.targets[~first_B]
+                score_BI[~first_B] = _by_place(
+                    list_next_items(model.dense, catalogue, cases.history, later), batch.items
+                )
+            yield score_BI
+
+
+def _by_place(shown_BK: IntArray, items: int) -> npt.NDArray[np.float32]:
+    score_BI = np.full((len(shown_BK), items), -np.inf, np.float32)
+    row_N, place_N = np.nonzero(shown_BK != NOT_SHOWN)
+    score_BI[row_N, shown_BK[row_N, place_N]] = -place_N
+    return score_BI
