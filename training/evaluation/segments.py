@@ -11,6 +11,7 @@ Shapes: N events, U users, I items, R rows of whom an attribute is.
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -54,16 +55,17 @@ def segments_by_history(user_N: IntArray, item_N: IntArray, count_U: IntArray, c
 def segments_by_attribute(name: str, row_N: IntArray, value_R: pa.Array) -> Segments:
     """Return a segment for each value of an attribute of the rows, a text or a list of texts; `row_N` are the events'.
 
-    Raises `DataError` when there are too many values.
+    Of more than `MOST_VALUES` numbers, quarters of the rows. Raises `DataError` when there are as many other values.
     """
     if pa.types.is_list(value_R.type):
         owner_V, value_V = pc.list_parent_indices(value_R).to_numpy(), pc.list_flatten(value_R)
     else:
         owner_V, value_V = np.arange(len(value_R)), value_R
     encoded = value_V.dictionary_encode()
-    code_V = pc.fill_null(encoded.indices, -1).to_numpy()
     if len(encoded.dictionary) > MOST_VALUES:
-        raise DataError(f"{name}: has {len(encoded.dictionary):,} values; segments are of at most {MOST_VALUES}")
+        value_V = _quarters(name, value_V)
+        encoded = value_V.dictionary_encode()
+    code_V = pc.fill_null(encoded.indices, -1).to_numpy()
     found: Segments = {}
     for code in pc.array_sort_indices(encoded.dictionary).to_pylist():
         has_R = np.zeros(len(value_R), bool)
@@ -90,6 +92,18 @@ def read_attribute(dataset: Dataset, name: str, user_ids: Sequence[str], item_id
     if kind not in ("user", "item") or column not in known:
         raise DataError(f"{name}: is no attribute of {dataset.path}; {kind}s have {', '.join(sorted(known)) or 'none'}")
     return value_R.take(pc.index_in(pa.array(ids, pa.string()), table[f"{kind}_id"]))
+
+
+def _quarters(name: str, value_V: pa.Array) -> pa.Array:
+    """Return in which quarter each number is, such as `24 to 31`."""
+    try:
+        number_V = pc.cast(value_V, pa.float64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{name}: has more than {MOST_VALUES} values that are no numbers; these are names") from error
+    edges = np.nanquantile(number_V, np.arange(QUARTERS + 1) / QUARTERS, method="lower")
+    labels = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
+    quarter_V = np.searchsorted(edges[1:-1], number_V)
+    return pa.array(labels).take(pa.array(quarter_V, mask=np.isnan(number_V)))
 
 
 def _some(segments: Segments) -> Segments:

@@ -50,9 +50,20 @@ def test_each_value_of_an_attribute_is_a_segment_and_lists_are_in_several():
     }
 
 
+def test_of_many_numbers_quarters_are_segments():
+    ages = pa.array([*(str(n) for n in range(80)), None])
+    segments = segments_by_attribute("user.age", np.arange(81), ages)
+    assert {name: (rows[0], len(rows)) for name, rows in places(segments).items()} == {
+        "user.age=0 to 19": (0, 20),
+        "user.age=19 to 39": (20, 20),
+        "user.age=39 to 59": (40, 20),
+        "user.age=59 to 79": (60, 20),
+    }
+
+
 def test_names_are_no_segments():
-    with pytest.raises(DataError, match=r"user\.id: has 51 values"):
-        segments_by_attribute("user.id", np.array([0]), pa.array([str(n) for n in range(MOST_VALUES + 1)]))
+    with pytest.raises(DataError, match=r"user\.id: has more than 50 values that are no numbers"):
+        segments_by_attribute("user.id", np.array([0]), pa.array([f"u{n}" for n in range(MOST_VALUES + 1)]))
 
 
 def test_attributes_come_from_the_dataset_by_id(tmp_path):
