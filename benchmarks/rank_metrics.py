@@ -7,7 +7,8 @@ In:  nothing; a world is made up: 100,000 users and items of dimension 64. A use
 Out: seconds for the lists and for all metrics, and the memory they take beyond the data; on some of the users, in
      turns, our selection beside torch's topk over whole rows, and beside the matrix product alone.
 Bound by the product, 2 · users · items · 64 operations: the ceiling is how fast the same blocks are multiplied and not
-looked at. Each way runs one product a core side by side.
+looked at. Each way runs one product a core side by side, so that its processor seconds tell what it costs whatever
+else the machine is doing; turns are measured in these.
 
 Shapes: U users, B of a block, I items, D dimension, K places.
 """
@@ -57,15 +58,17 @@ def main() -> None:
     part = World(**{name: getattr(world, name) for name in ("item_ID", "relevant_UI", "category_IC")},
                  user_UD=world.user_UD[:some], seen_UI=world.seen_UI[:some])  # fmt: skip
     ways: dict[str, Callable[[World], Any]] = {"ours": our_lists, "torch rows": torch_rows, "product alone": products}
-    turns = interleave({name: lambda way=way: _seconds(way, part) for name, way in ways.items()}, args.repeats)
+    turns = interleave(
+        {name: lambda way=way: _processor_seconds(way, part) for name, way in ways.items()}, args.repeats
+    )
     alike = float((our_lists(part) == torch_rows(part)).all(axis=1).mean())
     with PeakMemory() as memory:
         before_bytes = memory.peak_bytes
-        begun_s = time.monotonic()
+        begun_s, begun_cpu_s = time.monotonic(), time.process_time()
         top_UK = our_lists(world)
         lists_s = time.monotonic() - begun_s
         figures = all_metrics(world, top_UK)
-        total_s = time.monotonic() - begun_s
+        total_s, total_cpu_s = time.monotonic() - begun_s, time.process_time() - begun_cpu_s
     over_gib = (memory.peak_bytes - before_bytes) / 2**30
     checks = [
         build_check("lists and all metrics, seconds", total_s, "<=180"),
@@ -76,7 +79,13 @@ def main() -> None:
     ]
     for check in checks:
         print(f"{check.name:48} {check.value:>9.3f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
-    results = {"lists_s": lists_s, "metrics_s": total_s - lists_s, "turns_s": turns.summary(), "metrics": figures}
+    results = {
+        "lists_s": lists_s,
+        "metrics_s": total_s - lists_s,
+        "processor_s": total_cpu_s,
+        "turns_processor_s": turns.summary(),
+        "metrics": figures,
+    }
     config = {"users": users, "items": items, "dim": DIM, "k": K, "users_in_turns": some, "quick": args.quick}
     print_result(results=results, config=config, checks=checks)
 
@@ -170,10 +179,10 @@ def _side_by_side(work: Callable[[int], Any], users: int, at_once: int) -> list[
         torch.set_num_threads(before)
 
 
-def _seconds(way: Callable[[World], Any], world: World) -> float:
-    begun_s = time.monotonic()
+def _processor_seconds(way: Callable[[World], Any], world: World) -> float:
+    begun_s = time.process_time()
     way(world)
-    return time.monotonic() - begun_s
+    return time.process_time() - begun_s
 
 
 if __name__ == "__main__":
