@@ -37,7 +37,8 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td small { color: #666; }
-td.better { background: #e6f4e6; } td.worse { background: #fbe9e7; }
+td.higher { background: #e3eefb; } td.lower { background: #fdf0dc; }
+.wide { overflow-x: auto; }
 svg { max-width: 100%; height: auto; } p, li { max-width: 50rem; }
 """
 SIGNIFICANT = 0.05
@@ -55,7 +56,7 @@ def write_page(
         _metrics_table(metrics, versions),
         "<p>In brackets: 95% bootstrap intervals over users. Differences are to the first version, over the same "
         "events; p is of a paired randomisation test by user, after Holm's correction for the number of versions. "
-        f"Coloured where it is below {SIGNIFICANT}: green where the metric is higher, red where it is lower.</p>",
+        f"Coloured where it is below {SIGNIFICANT}: blue where the metric is higher, yellow where it is lower.</p>",
         "<h2>Segments</h2>",
         _segments_plot(segments, versions),
         _segments_table(segments, versions),
@@ -89,7 +90,7 @@ def _metric_cell(row: Row) -> str:
         return f"<td>{text}</td>"
     interval = f"[{_number(row['difference_low'])}, {_number(row['difference_high'])}]"
     text += f"<br><small>{row['difference']:+.4g} {interval}, p {row['p_holm']:.3g}</small>"
-    side = "better" if row["difference"] > 0 else "worse"
+    side = "higher" if row["difference"] > 0 else "lower"
     return f'<td class="{side}">{text}</td>' if row["p_holm"] < SIGNIFICANT else f"<td>{text}</td>"
 
 
@@ -111,7 +112,7 @@ def _segments_table(rows: Sequence[Row], versions: Sequence[str]) -> str:
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     titles = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _segments_plot(rows: Sequence[Row], versions: Sequence[str]) -> str:
@@ -138,7 +139,7 @@ def _segments_plot(rows: Sequence[Row], versions: Sequence[str]) -> str:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    axes[-1].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(versions), frameon=False)
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     plt.close(figure)

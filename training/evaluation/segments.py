@@ -62,12 +62,12 @@ def segments_by_attribute(name: str, row_N: IntArray, value_R: pa.Array) -> Segm
     else:
         owner_V, value_V = np.arange(len(value_R)), value_R
     encoded = value_V.dictionary_encode()
+    order = pc.array_sort_indices(encoded.dictionary).to_pylist()
     if len(encoded.dictionary) > MOST_VALUES:
-        value_V = _quarters(name, value_V)
-        encoded = value_V.dictionary_encode()
+        encoded, order = _quarters(name, value_V), range(QUARTERS)
     code_V = pc.fill_null(encoded.indices, -1).to_numpy()
     found: Segments = {}
-    for code in pc.array_sort_indices(encoded.dictionary).to_pylist():
+    for code in order:
         has_R = np.zeros(len(value_R), bool)
         has_R[owner_V[code_V == code]] = True
         found[f"{name}={encoded.dictionary[code].as_py()}"] = has_R[row_N]
@@ -94,7 +94,7 @@ def read_attribute(dataset: Dataset, name: str, user_ids: Sequence[str], item_id
     return value_R.take(pc.index_in(pa.array(ids, pa.string()), table[f"{kind}_id"]))
 
 
-def _quarters(name: str, value_V: pa.Array) -> pa.Array:
+def _quarters(name: str, value_V: pa.Array) -> pa.DictionaryArray:
     """Return in which quarter each number is, such as `24 to 31`."""
     try:
         number_V = pc.cast(value_V, pa.float64()).to_numpy(zero_copy_only=False)
@@ -103,7 +103,7 @@ def _quarters(name: str, value_V: pa.Array) -> pa.Array:
     edges = np.nanquantile(number_V, np.arange(QUARTERS + 1) / QUARTERS, method="lower")
     labels = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     quarter_V = np.searchsorted(edges[1:-1], number_V)
-    return pa.array(labels).take(pa.array(quarter_V, mask=np.isnan(number_V)))
+    return pa.DictionaryArray.from_arrays(pa.array(quarter_V, mask=np.isnan(number_V)), labels)
 
 
 def _some(segments: Segments) -> Segments:
