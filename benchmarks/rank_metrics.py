@@ -61,7 +61,8 @@ def main() -> None:
     """Measure in turns on some users, then all of it on all."""
     args = build_parser(__doc__).parse_args()
     users, items, some = (4_000, 10_000, 1_024) if args.quick else (100_000, 100_000, 2_048)
-    top_items(*(np.ones((1, DIM), np.float32),) * 2, sparse.csr_array((1, 1), dtype=np.float32), 1)  # compiles
+    one = np.ones((1, DIM), np.float32)
+    top_items(one, one, sparse.csr_array((1, 1), dtype=np.float32), 1)  # compiles
     bare_bytes = tree_bytes([psutil.Process()])
     world = build_world(users, items, seed=0)
     part = World(**{name: getattr(world, name) for name in ("item_ID", "relevant_UI", "category_IC")},

@@ -1,7 +1,7 @@
 """How well the model names the next item: every catalogue item ranked, items the user already has left out.
 
 In:  the dense part, whole tables, a history and which of its interactions to predict.
-Out: one rank an interaction, or the list that would be shown in its place.
+Out: one rank an interaction, the list that would be shown in its place, or the rating that it would be given.
 Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
 
 Shapes: B interactions to predict, I items, K candidates, D dimension.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from embeddings.batch import PAD
+from training.models.ranker import RATING
 from training.models.two_stage import TwoStage
 from training.stream import History, Windows, build_sequences, windows_before
 
@@ -59,19 +60,18 @@ def list_next_items(dense: TwoStage, catalogue: Catalogue, history: History, tar
     return _list_batch(dense, catalogue, history, windows)
 
 
+@torch.inference_mode()
+def rate_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> np.ndarray:
+    """Return the rating [B] that each target's item would be given, as `list_next_items` takes them."""
+    dense.eval()
+    windows = windows_before(history, targets, dense.config.max_history)
+    user_BD = _user_vectors(dense, catalogue, history, windows)
+    item_BD = catalogue.item_ID[torch.from_numpy(history.item_row[targets]).to(user_BD.device)]
+    return dense.ranker(user_BD, item_BD, (user_BD * item_BD).sum(dim=-1))[RATING].cpu().numpy()
+
+
 def _list_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
-    sequences = build_sequences(history, windows)
-    device = catalogue.item_ID.device
-    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
-    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0)).to(device)
-    user_BD = dense.user_vectors(
-        catalogue.item_ID[history_BL],
-        torch.from_numpy(sequences.kind_BL).to(device),
-        torch.from_numpy(sequences.value_BL.astype(np.float32)).to(device),
-        torch.from_numpy(sequences.ts_BL).to(device),
-        torch.from_numpy(sequences.item_row_BL != PAD).to(device),
-        catalogue.user_UD[user_row_B],
-    )[:, -1]
+    user_BD = _user_vectors(dense, catalogue, history, windows)
     score_BI = user_BD @ catalogue.item_ID.T
     for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
         score_BI[row, history.item_row[start:end]] = float("-inf")
@@ -81,6 +81,22 @@ def _list_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows
     best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
     shown_BK = torch.where(order_BK.isfinite(), candidate_BK, NOT_SHOWN).gather(1, best_BK)
     return shown_BK.cpu().numpy()
+
+
+def _user_vectors(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> torch.Tensor:
+    """Return the user vectors [B, D] at the end of each window."""
+    sequences = build_sequences(history, windows)
+    device = catalogue.item_ID.device
+    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
+    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0)).to(device)
+    return dense.user_vectors(
+        catalogue.item_ID[history_BL],
+        torch.from_numpy(sequences.kind_BL).to(device),
+        torch.from_numpy(sequences.value_BL.astype(np.float32)).to(device),
+        torch.from_numpy(sequences.ts_BL).to(device),
+        torch.from_numpy(sequences.item_row_BL != PAD).to(device),
+        catalogue.user_UD[user_row_B],
+    )[:, -1]
 
 
 def _user_starts(history: History, windows: Windows) -> np.ndarray:

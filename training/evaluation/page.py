@@ -30,6 +30,8 @@ MEANING = {
     "serendipity": "share of the list that is relevant and not what is popular anyway",
     "coverage": "share of the catalogue that is in any list",
     "gini": "how unequally lists name items: 0 all alike, 1 one of them alone",
+    "rating_rmse": "root of the mean squared error of estimated ratings",
+    "rating_mae": "mean absolute error of estimated ratings",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -74,15 +76,17 @@ def write_page(
 
 def _metrics_table(rows: Sequence[Row], versions: Sequence[str]) -> str:
     cells = {(row["metric"], row["version"]): row for row in rows}
-    lines = []
+    lines: list[list[str]] = []
     for name in dict.fromkeys(row["metric"] for row in rows):
         meaning = MEANING.get(name, MEANING.get(name.partition("_at_")[0], ""))
-        found = [_metric_cell(cells[name, version]) for version in versions]
+        found = [_metric_cell(cells.get((name, version))) for version in versions]
         lines.append([f'<td title="{escape(meaning)}">{escape(name)}<br><small>{escape(meaning)}</small></td>', *found])
     return _table(["metric", *(f"version {version}" for version in versions)], lines)
 
 
-def _metric_cell(row: Row) -> str:
+def _metric_cell(row: Row | None) -> str:
+    if row is None:
+        return "<td>–</td>"
     text = _number(row["value"])
     if row.get("low") is not None:
         text += f" <small>[{_number(row['low'])}, {_number(row['high'])}]</small>"

@@ -23,6 +23,7 @@ from scipy import sparse
 
 from cluster.dataset import Dataset
 from cluster.errors import DataError
+from cluster.events import KINDS
 from embeddings.vocabulary import Vocabulary
 from training.evaluation import beyond_accuracy
 from training.evaluation.leakage import check_excluded, check_time_order
@@ -30,7 +31,7 @@ from training.evaluation.lists import IntArray, find_hits, list_values
 from training.evaluation.metrics import FloatArray, mean_intervals
 from training.evaluation.segments import ALL, Segments, read_attribute, segments_by_attribute, segments_by_history
 from training.evaluation.significance import holm, randomisation_tests
-from training.evaluation.system import Cases, System
+from training.evaluation.system import Cases, RatingSystem, System
 from training.evaluation.topk import popular_items, top_of_scores
 from training.stream import build_history
 
@@ -51,6 +52,26 @@ class Scoreboard:
     user_N: IntArray
     segments: Segments
     items: int
+    ratings: Mapping[str, FloatArray]
+    """System to estimated ratings [N], for those that estimate them."""
+    rating_N: FloatArray
+    """What the rating was; NaN for an interaction that is none."""
+
+    def rating_rows(self) -> list[Row]:
+        """Return a row a system and metric of rated interactions that all who estimate ratings say something of."""
+        errors = {name: estimate_N - self.rating_N for name, estimate_N in self.ratings.items()}
+        told_N = np.isfinite(np.sum(list(errors.values()), axis=0)) if errors else np.zeros(len(self.user_N), bool)
+        rows = []
+        for name, error_N in errors.items() if told_N.any() else ():
+            both_N2 = np.stack([error_N[told_N] ** 2, np.abs(error_N[told_N])], axis=1)
+            squared, absolute = mean_intervals(both_N2, seed=SEED, groups_N=self.user_N[told_N])
+            rows += [
+                {"metric": "rating_rmse", "version": name}
+                | {"value": squared.mean**0.5, "low": squared.low**0.5, "high": squared.high**0.5},
+                {"metric": "rating_mae", "version": name}
+                | {"value": absolute.mean, "low": absolute.low, "high": absolute.high},
+            ]
+        return sorted(rows, key=lambda row: row["metric"], reverse=True)
 
     def rows(self, segment: str = ALL) -> list[Row]:
         """Return a row a metric and system: value and interval over a segment, and the difference to the first system.
@@ -135,6 +156,8 @@ def evaluate(
         user_N=user_N,
         segments=segments,
         items=len(items),
+        ratings={name: system.ratings(cases) for name, system in systems.items() if isinstance(system, RatingSystem)},
+        rating_N=np.where(history.kind[targets] == KINDS.index("rating"), history.value[targets], np.nan),
     )
 
 

@@ -9,7 +9,7 @@ Shapes: N interactions to be named, B of a batch, I items.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from scipy import sparse
 
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.evaluation.lists import IntArray
-from training.evaluation.next_item import NOT_SHOWN, Catalogue, list_next_items
+from training.evaluation.metrics import FloatArray
+from training.evaluation.next_item import NOT_SHOWN, Catalogue, list_next_items, rate_next_items
 from training.models.served import ServedModel
 from training.models.version import TEXT_ROWS, USER_ROWS
 from training.stream import History
@@ -97,6 +98,18 @@ class System(Protocol):
         ...
 
 
+@runtime_checkable
+class RatingSystem(Protocol):
+    """A system that says also how an item would be rated."""
+
+    def ratings(self, cases: Cases) -> FloatArray:
+        """Return the rating [N] that each target's item would get of its user; NaN where nothing can be said.
+
+        It may look at the target's item and the history before it, and never at the target's value.
+        """
+        ...
+
+
 class VersionSystem:
     """A published version of the two-stage model, as it would be served."""
 
@@ -107,11 +120,7 @@ class VersionSystem:
 
     def scores(self, cases: Cases) -> Iterator[npt.NDArray[np.float32]]:
         """Yield minus the place at which each candidate would be shown; popularity where a user has no history."""
-        model = self._model
-        row_U = torch.from_numpy(cases.user_rows(model.state.user_ids))
-        user_UD = model.state.rows[USER_ROWS].new_zeros(len(row_U), model.item_ID.shape[1])
-        user_UD[row_U != UNKNOWN_ROW] = model.state.rows[USER_ROWS][row_U[row_U != UNKNOWN_ROW]]
-        catalogue = Catalogue(item_ID=model.item_ID, user_UD=user_UD)
+        model, catalogue = self._model, self._catalogue(cases)
         for batch in cases.batches():
             first_B = np.isin(batch.targets, cases.history.starts)
             score_BI = np.empty((len(batch.targets), batch.items), np.float32)
@@ -122,6 +131,24 @@ class VersionSystem:
                     list_next_items(model.dense, catalogue, cases.history, later), batch.items
                 )
             yield score_BI
+
+    def ratings(self, cases: Cases) -> FloatArray:
+        """Return the rating head's estimates; NaN for a user's first interaction."""
+        model, catalogue = self._model, self._catalogue(cases)
+        rating_N = np.full(len(cases.targets), np.nan)
+        later_N = np.flatnonzero(~np.isin(cases.targets, cases.history.starts))
+        for start in range(0, len(later_N), MOST_AT_ONCE):
+            chosen = later_N[start : start + MOST_AT_ONCE]
+            rating_N[chosen] = rate_next_items(model.dense, catalogue, cases.history, cases.targets[chosen])
+        return rating_N
+
+    def _catalogue(self, cases: Cases) -> Catalogue:
+        """Return the tables, with a row for each of the cases' users; nothing in it for those it does not know."""
+        model = self._model
+        row_U = torch.from_numpy(cases.user_rows(model.state.user_ids))
+        user_UD = model.state.rows[USER_ROWS].new_zeros(len(row_U), model.item_ID.shape[1])
+        user_UD[row_U != UNKNOWN_ROW] = model.state.rows[USER_ROWS][row_U[row_U != UNKNOWN_ROW]]
+        return Catalogue(item_ID=model.item_ID, user_UD=user_UD)
 
 
 def _by_place(shown_BK: IntArray, items: int) -> npt.NDArray[np.float32]:

@@ -27,8 +27,8 @@ from training.evaluation.lists import NO_ITEM, IntArray
 
 FloatRows = npt.NDArray[np.float32]
 
-USERS_AT_ONCE, ITEMS_AT_ONCE = 256, 1_024
-"""A block of scores: 1 MiB."""
+USERS_AT_ONCE, ITEMS_AT_ONCE = 256, 512
+"""A block of scores: half a MiB."""
 CHUNK = 64
 """Scores whose largest is compared before they are looked at one by one."""
 
@@ -104,8 +104,8 @@ def _merge(score_BI, first_item, indptr, indices, score_BK, row_BK):  # noqa: AN
         for start in range(0, len(score_I), CHUNK):
             end = min(start + CHUNK, len(score_I))
             largest = score_I[start]
-            for column in range(start + 1, end):
-                largest = max(largest, score_I[column])
+            for score in score_I[start:end]:
+                largest = score if score > largest else largest
             if largest <= best_K[last]:
                 continue
             for column in range(start, end):

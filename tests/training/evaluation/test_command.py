@@ -174,6 +174,23 @@ def test_versions_are_compared_with_the_first_and_the_page_stands_alone(build_ho
     assert "segments:" not in shown  # hundreds of rows: they are on the page
 
 
+def test_a_versions_ratings_are_those_of_its_rating_head(build_home, tmp_path):
+    tiny = build_home("data.train_fraction=0.5")
+    rated = [
+        Event(user_id=f"u{n % 6}", item_id=f"i{n % 30}", kind="rating", value=1.0 + n % 5, ts_us=10**9 + n)
+        for n in range(30)
+    ]
+    model = load(tiny)
+    board = scoreboard.evaluate(
+        {"1.0": VersionSystem(model)}, write_events(tmp_path / "data", tiny, [*tiny.events(30), *rated]), 30
+    )
+    # An untrained head says 3 stars of everything: 2, 1, 0, 1 and 2 off in turn.
+    assert {row["metric"]: pytest.approx(row["value"], abs=1e-6) for row in board.rating_rows()} == {
+        "rating_rmse": 2**0.5,
+        "rating_mae": 6 / 5,
+    }
+
+
 def test_a_page_that_cannot_be_written_and_an_unknown_segment_are_errors(build_home, tmp_path, capsys):
     tiny = build_home()
     write_events(tmp_path / "data", tiny, past_and(tiny, 60))

@@ -150,6 +150,33 @@ def test_lists_leave_out_what_the_user_had_before_and_nothing_after(tmp_path):
         assert not set(found.lists["popular"][place].tolist()) & set(had)
 
 
+class Critic(Fitted):
+    """Says of every rating but a user's newest that it will be 3."""
+
+    def ratings(self, cases):
+        rating_N = np.full(len(cases.targets), 3.0)
+        rating_N[np.isin(cases.targets + 1, cases.history.ends)] = np.nan
+        return rating_N
+
+
+def test_ratings_are_judged_where_there_are_any_and_where_something_is_said_of_them(tmp_path):
+    stars = [
+        Event(user_id=f"u{user}", item_id=ITEMS[user], kind="rating", value=value, ts_us=1_000 + place)
+        for place, (user, value) in enumerate(((0, 1.0), (1, 4.0), (1, 5.0), (0, 3.0), (2, 2.0)))
+    ]
+    dataset = checkerboard(tmp_path / "data", late=stars)
+    popular = fitted_on(dataset, 160, Popularity())
+    critic = Critic(Popularity().fit(seen_matrix(np.array([0]), np.array([0]), 20, len(ITEMS))))
+    found = evaluate({"popular": popular, "critic": critic}, dataset, 160)
+    rows = {row["metric"]: row for row in found.rating_rows()}
+    # Of u0's 1 and 3 and u1's 4 and 5 the first ones count: 2 and 1 off. u2 has one alone, which is the newest.
+    assert rows["rating_mae"]["value"] == pytest.approx(3 / 2)
+    assert rows["rating_rmse"]["value"] == pytest.approx((5 / 2) ** 0.5)
+    assert {row["version"] for row in rows.values()} == {"critic"}
+    assert rows["rating_rmse"]["low"] <= rows["rating_rmse"]["value"] <= rows["rating_rmse"]["high"]
+    assert evaluate({"popular": popular}, dataset, 160).rating_rows() == []
+
+
 def test_systems_that_do_not_fit_together_are_errors(tmp_path):
     dataset = checkerboard(tmp_path / "data")
     popular = fitted_on(dataset, 160, Popularity())
