@@ -13,7 +13,6 @@ else the machine is doing; turns are measured in these.
 Shapes: U users, B of a block, I items, D dimension, K places.
 """
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -182,9 +181,8 @@ def all_metrics(world: World, top_UK: IntArray) -> dict[str, float]:
 
 def _side_by_side(work: Callable[[int], Any], users: int, at_once: int) -> list[Any]:
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0))
     try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, range(0, users, at_once)))
     finally:
         torch.set_num_threads(before)

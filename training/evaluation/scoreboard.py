@@ -9,9 +9,6 @@ ranked but those that the user has. Intervals draw whole users, tests swap whole
 Shapes: N interactions to be named, K places, M metrics, I items, U users.
 """
 
-# pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions at import, out of pyright's sight.)
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,20 +134,22 @@ def evaluate(
         raise DataError(f"{dataset.path}: holds no interactions after the first {known_events:,} events")
     cases = Cases(history=history, targets=targets, user_ids=user_ids, item_ids=item_ids)
     user_N, item_N = history.user_row[targets], history.item_row[targets]
-    sold_I = np.bincount(history.item_row[history.order < known_events], minlength=len(items))
+    known_N = history.order < known_events
+    owned_P = np.unique(history.user_row[known_N] * len(items) + history.item_row[known_N])  # pairs of user and item
+    owners_I = np.bincount(owned_P % len(items), minlength=len(items))
     active_U = np.bincount(users.rows(known["user_id"]), minlength=len(users))
-    segments = segments_by_history(user_N, item_N, active_U, sold_I)
+    segments = segments_by_history(user_N, item_N, active_U, owners_I)
     catalogue = dataset.items()
     for name in _with_domain(attributes, catalogue):
         values = read_attribute(dataset, name, users.ids, item_ids)
         segments |= segments_by_attribute(name, user_N if name.startswith("user.") else item_N, values)
-    lists, popular_NK = _name(systems, cases, sold_I)
+    lists, popular_NK = _name(systems, cases, owners_I)
     text_IE = next((system.text_IE for system in systems.values() if system.text_IE is not None), None)
     vectors = _item_vectors(catalogue, items, text_IE)
-    buyers = int((np.bincount(history.user_row[history.order < known_events]) > 0).sum())
+    owners = len(np.unique(owned_P // len(items)))
     return Scoreboard(
         values={
-            name: _values(lists_NK, popular_NK, item_N, sold_I, buyers, vectors) for name, lists_NK in lists.items()
+            name: _values(lists_NK, popular_NK, item_N, owners_I, owners, vectors) for name, lists_NK in lists.items()
         },
         lists=lists,
         user_N=user_N,
@@ -169,12 +168,12 @@ def _common_items(systems: Mapping[str, System]) -> Sequence[str]:
     return system.item_ids
 
 
-def _name(systems: Mapping[str, System], cases: Cases, sold_I: IntArray) -> tuple[dict[str, IntArray], IntArray]:
+def _name(systems: Mapping[str, System], cases: Cases, owners_I: IntArray) -> tuple[dict[str, IntArray], IntArray]:
     """Return every system's lists, and those of what is popular."""
     lists: dict[str, list[IntArray]] = {name: [] for name in systems}
     popular = []
     for batch, *scores in zip(cases.batches(), *(system.scores(cases) for system in systems.values()), strict=True):
-        popular.append(popular_items(sold_I, batch.seen, K))
+        popular.append(popular_items(owners_I, batch.seen, K))
         for (name, found), score_BI in zip(lists.items(), scores, strict=True):
             if score_BI.shape != batch.seen.shape:
                 raise DataError(f"version {name}: scores of shape {score_BI.shape}, not {batch.seen.shape}")
@@ -188,15 +187,15 @@ def _values(
     lists_NK: IntArray,
     popular_NK: IntArray,
     item_N: IntArray,
-    sold_I: IntArray,
-    buyers: int,
+    owners_I: IntArray,
+    owners: int,
     vectors: Mapping[str, npt.NDArray[np.floating] | sparse.csr_array],
 ) -> dict[str, FloatArray]:
-    shape, count = (len(item_N), len(sold_I)), len(item_N)
+    shape, count = (len(item_N), len(owners_I)), len(item_N)
     hits = find_hits(lists_NK, sparse.csr_array((np.ones(count), item_N, np.arange(count + 1)), shape))
     values = list_values(hits, K)
-    values["novelty_bits"] = beyond_accuracy.novelty(lists_NK, sold_I, buyers)
-    values["popularity"] = beyond_accuracy.popularity(lists_NK, sold_I)
+    values["novelty_bits"] = beyond_accuracy.novelty(lists_NK, owners_I, owners)
+    values["popularity"] = beyond_accuracy.popularity(lists_NK, owners_I)
     values |= {name: beyond_accuracy.diversity(lists_NK, unit_ID) for name, unit_ID in vectors.items()}
     values["serendipity"] = beyond_accuracy.serendipity(hits, lists_NK, popular_NK, K)
     return values

@@ -35,13 +35,13 @@ def segments_by_history(user_N: IntArray, item_N: IntArray, count_U: IntArray, c
 
     Quarters are of the warm users that are evaluated, by their number of events in training, the least active first.
     """
-    activity_N, sold_N = count_U[user_N], count_I[item_N]
+    activity_N, trained_N = count_U[user_N], count_I[item_N]
     found = {
         ALL: np.ones(len(user_N), bool),
         "warm users": activity_N > 0,
         "cold users": activity_N == 0,
-        "warm items": sold_N > 0,
-        "cold items": sold_N == 0,
+        "warm items": trained_N > 0,
+        "cold items": trained_N == 0,
     }
     activity_U = count_U[np.unique(user_N)]
     warm_U = activity_U[activity_U > 0]

@@ -10,7 +10,6 @@ matrix product is most of what it costs. Compiled by numba on first use and cach
 Shapes: U users, B of a block, I items, K places, D dimension.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,7 +54,7 @@ def top_items(
             score_BI = (user_BD @ item[first_item : first_item + ITEMS_AT_ONCE].T).numpy()
             _merge(score_BI, first_item, indptr, exclude.indices, score_UK[users], row_UK[users])
 
-    with _one_thread_each(threads or len(os.sched_getaffinity(0))) as pool:
+    with _one_thread_each(threads or torch.get_num_threads()) as pool:
         for _ in pool.map(fill, range(0, len(user_UD), USERS_AT_ONCE)):
             pass
     return row_UK, score_UK

@@ -114,6 +114,19 @@ def test_a_system_against_itself_does_not_differ(tmp_path):
             assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
 
 
+def test_having_an_item_twice_does_not_make_it_more_popular(tmp_path):
+    once, twice = checkerboard(tmp_path / "once"), tmp_path / "twice"
+    again = [
+        Event(user_id="u0", item_id=once.events()["item_id"][0].as_py(), kind="click", ts_us=-1 - n) for n in range(50)
+    ]
+    popular = fitted_on(once, 160, Popularity())
+    found = [
+        {(row["metric"]): row["value"] for row in evaluate({"popular": popular}, dataset, known).rows()}
+        for dataset, known in ((once, 160), (checkerboard(twice, late=again), 210))
+    ]
+    assert found[0] == found[1]
+
+
 def test_segments_are_parts_of_the_whole(tmp_path):
     found = board(tmp_path, attributes=["user.side", "item.categories"])
     whole = {(row["metric"], row["version"]): row["value"] for row in found.rows(ALL)}
