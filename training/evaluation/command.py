@@ -49,13 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
         "events to be named": f"{len(scoreboard.user_N):,} after the first {known_events:,}",
         "items ranked": f"{scoreboard.items:,}, less those that the user has",
     }
-    write_page(
-        page,
-        "Versions " + " and ".join(systems) if len(systems) > 1 else f"Version {refs[0]}",
-        facts,
-        metrics,
-        segments,
-    )
+    write_page(page, f"Evaluation of {', '.join(systems)}", facts, metrics, segments)
     first, *others = systems
     result = {"version": first, "others": others, "page": str(page), "scores": headlines(segments), "metrics": metrics}
     return (result | {"segments": segments} if args.json else result) | ease_beside(dataset, known_events)
