@@ -44,7 +44,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_tower(*overrides: str) -> TowerConfig:
-    return load_recipe("movielens", overrides, sections=SECTIONS).section(TowerConfig)
+    return Recipe.from_toml("", sections=SECTIONS).with_overrides(overrides).section(TowerConfig)
 
 
 def test_a_section_that_is_not_mentioned_has_its_owners_defaults() -> None:
@@ -122,9 +122,8 @@ def test_a_recipe_that_does_not_exist_is_an_error_that_lists_the_packaged_ones()
 
 def test_resolved_toml_reads_back_to_equal_sections() -> None:
     known = {name: target for name, target in SECTIONS.items() if name != "absent"}
-    recipe = load_recipe(
-        "movielens", ['tower.note="ä\\"\\\\ \\u007f\\n😀"', "tower.rate=1e-9", "tower.layers=[]"], sections=known
-    )
+    overrides = ['tower.note="ä\\"\\\\ \\u007f\\n😀"', "tower.rate=1e-9", "tower.layers=[]"]
+    recipe = Recipe.from_toml("", sections=known).with_overrides(overrides)
     again = Recipe.from_toml(recipe.to_toml(), sections=known)
 
     assert again.section(TowerConfig) == recipe.section(TowerConfig)
@@ -133,11 +132,11 @@ def test_resolved_toml_reads_back_to_equal_sections() -> None:
 
 
 def test_an_owner_that_does_not_import_says_so_and_only_when_it_is_asked_for() -> None:
-    recipe = load_recipe("movielens", sections=SECTIONS)
+    recipe = Recipe.from_toml("", sections=SECTIONS)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         recipe.named_section("absent")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        load_recipe("movielens", ["absent.key=1"], sections=SECTIONS)
+        recipe.with_overrides(["absent.key=1"])
 
 
 @pytest.mark.parametrize("override", ["engine.logical_cpus=0", "engine.ray_address="])
