@@ -73,13 +73,20 @@ def training_events(dataset: Dataset, data: DataConfig, columns: list[str] | Non
     return _split(dataset.events(columns), data)[0]
 
 
+def is_training_event(events: pa.Table, data: DataConfig) -> np.ndarray:
+    """Return of which of a dataset's events that holds, bool [events]."""
+    if data.split == "time":
+        return np.arange(len(events)) < int(len(events) * data.train_fraction)
+    return _left_of_user(events) != 0
+
+
 def _split(events: pa.Table, data: DataConfig) -> tuple[pa.Table, np.ndarray]:
     """Return the events that training may see, and which of them it validates on."""
+    known_N = is_training_event(events, data)
+    known = events.filter(pa.array(known_N))
     if data.split == "time":
-        seen = int(len(events) * data.train_fraction)
-        return events.slice(0, seen), np.arange(seen) >= int(seen * (1 - data.validation_fraction))
-    left_N = _left_of_user(events)
-    return events.filter(pa.array(left_N != 0)), left_N[left_N != 0] == 1
+        return known, np.arange(len(known)) >= int(len(known) * (1 - data.validation_fraction))
+    return known, _left_of_user(events)[known_N] == 1
 
 
 def _left_of_user(events: pa.Table) -> np.ndarray:

@@ -8,6 +8,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from cluster.config import Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
 from cluster.engine import open_registry
@@ -21,7 +25,7 @@ from training.evaluation.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
 from training.evaluation.scoreboard import Row, Scoreboard, evaluate
 from training.evaluation.segments import ALL
 from training.evaluation.system import System, VersionSystem
-from training.inputs import training_events
+from training.inputs import is_training_event
 from training.models.served import ServedModel
 from training.models.version import RECIPE_FILE, ROOT
 from training.stream import DataConfig
@@ -36,23 +40,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     registry = open_registry(load_recipe(args.recipe, args.overrides), args.home)
     refs = list(dict.fromkeys(map(VersionRef.parse, args.versions))) or [_trained_version(registry)]
     dataset = load_dataset(args.data or args.home.default_dataset)
-    known_events = max(_check_trained_on(registry, ref, dataset) for ref in refs)
+    known_N = np.any([_check_trained_on(registry, ref, dataset) for ref in refs], axis=0)
     systems = {str(ref): load_system(registry, ref) for ref in refs}
     for ref in refs:
         fitted = registry.open_version(ref.version).table("history")["event_id"]
-        check_not_fitted(fitted, dataset.events(["event_id"])["event_id"].slice(known_events))
-    scoreboard = evaluate(systems, dataset, known_events, args.segments)
+        check_not_fitted(fitted, dataset.events(["event_id"])["event_id"].filter(pa.array(~known_N)))
+    scoreboard = evaluate(systems, dataset, known_N, args.segments)
     metrics, segments = describe(scoreboard)
     page = Path(args.page) if args.page else args.home.ensure().reports / PAGE
     facts = {
         "dataset": dataset.info.name,
-        "events to be named": f"{len(scoreboard.user_N):,} after the first {known_events:,}",
+        "events to be named": f"{len(scoreboard.user_N):,}; {known_N.sum():,} are known",
         "items ranked": f"{scoreboard.items:,}, less those that the user has",
     }
     write_page(page, f"Evaluation of {', '.join(systems)}", facts, metrics, segments)
     first, *others = systems
     result = {"version": first, "others": others, "page": str(page), "scores": headlines(segments), "metrics": metrics}
-    return (result | {"segments": segments} if args.json else result) | ease_beside(dataset, known_events)
+    return (result | {"segments": segments} if args.json else result) | ease_beside(dataset, known_N)
 
 
 def load_system(registry: Registry, ref: VersionRef) -> System:
@@ -88,8 +92,8 @@ def headlines(segments: list[Row]) -> list[Row]:
     return list(rows.values())
 
 
-def _check_trained_on(registry: Registry, ref: VersionRef, dataset: Dataset) -> int:
-    """Return how many of the dataset's events the version was allowed to see.
+def _check_trained_on(registry: Registry, ref: VersionRef, dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Return which of the dataset's events the version was allowed to see.
 
     Raises `DataError` where it has learned others, or was trained on another dataset.
     """
@@ -99,10 +103,11 @@ def _check_trained_on(registry: Registry, ref: VersionRef, dataset: Dataset) -> 
             f"evaluate a trained version, such as {_trained_version(registry)}"
         )
     reader = registry.open_version(ref.version)
-    history = reader.table("history")
-    if dataset.events(["event_id"])["event_id"].slice(0, len(history)) != history["event_id"]:
+    events = dataset.events(["event_id", "user_id", "kind"])
+    known_N = is_training_event(events, Recipe.from_resolved(reader.text(RECIPE_FILE)).section(DataConfig))
+    if events["event_id"].filter(pa.array(known_N)) != reader.table("history")["event_id"]:
         raise DataError(f"{dataset.path}: is not the dataset that version {ref} was trained on")
-    return len(training_events(dataset, Recipe.from_resolved(reader.text(RECIPE_FILE)).section(DataConfig)))
+    return known_N
 
 
 def _trained_version(registry: Registry) -> VersionRef:
@@ -111,8 +116,11 @@ def _trained_version(registry: Registry) -> VersionRef:
     return VersionRef(int(registry.manifest(VersionRef(current.version)).metrics.get(ROOT, current.version)))
 
 
-def ease_beside(dataset: Dataset, known_events: int) -> dict[str, Any]:  # Any: JSON
+def ease_beside(dataset: Dataset, known_N: npt.NDArray[np.bool_]) -> dict[str, Any]:  # Any: JSON
     """Return EASE's headline figures on the same events, refitted as they come; nothing where it cannot be fitted."""
+    known_events = int(known_N.sum())
+    if not known_N[:known_events].all():  # not a split in time
+        return {}
     if dataset.info.items > EASE_ITEM_LIMIT or not set(dataset.info.kinds) <= INTERACTION_KINDS:
         return {}
     ease = replay_ease(

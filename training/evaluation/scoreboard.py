@@ -1,9 +1,9 @@
 """Systems side by side: the same interactions named by each, every metric of their lists, and what of it is luck.
 
-In:  systems and a dataset, of which the first events are known.  Out: values an interaction; rows of figures.
+In:  systems and a dataset, some events of which are known.  Out: values an interaction; rows of figures.
 Knows nothing of versions, or of how figures are shown.
 
-Each interaction after the known events is to be named from its user's history before it: one relevant item, all items
+Each interaction that is not known is to be named from its user's history before it: one relevant item, all items
 ranked but those that the user has. Intervals draw whole users, tests swap whole users.
 
 Shapes: N interactions to be named, K places, M metrics, I items, U users.
@@ -115,26 +115,27 @@ class Scoreboard:
 
 
 def evaluate(
-    systems: Mapping[str, System], dataset: Dataset, known_events: int, attributes: Sequence[str] = ()
+    systems: Mapping[str, System], dataset: Dataset, known_N: npt.NDArray[np.bool_], attributes: Sequence[str] = ()
 ) -> Scoreboard:
-    """Have systems name the interactions after the first `known_events`; segments also by `attributes`.
+    """Have systems name the interactions of those events that are not known; segments also by `attributes`.
 
-    Raises `DataError` where systems recommend different items, the dataset has items they do not know or nothing after
-    those events, and where anything of it could not be fair (training/evaluation/leakage.py).
+    Raises `DataError` where systems recommend different items, the dataset has items they do not know or nothing but
+    known events, and where anything of it could not be fair (training/evaluation/leakage.py).
     """
     item_ids = _common_items(systems)
     events = dataset.events()
-    known = events.slice(0, known_events)
-    check_time_order(known["ts_us"].to_numpy(), events["ts_us"].slice(known_events).to_numpy())
+    known = events.filter(pa.array(known_N))
+    if known_N[: len(known)].all():  # a split in time, not one by user
+        check_time_order(known["ts_us"].to_numpy(), events["ts_us"].slice(len(known)).to_numpy())
     user_ids = events["user_id"].unique()
     items, users = Vocabulary(item_ids, len(item_ids)), Vocabulary(user_ids.to_pylist(), len(user_ids))
     history = build_history(events, items, users)
-    targets = np.flatnonzero(history.order >= known_events)
+    known_N = known_N[history.order]
+    targets = np.flatnonzero(~known_N)
     if not len(targets):
-        raise DataError(f"{dataset.path}: holds no interactions after the first {known_events:,} events")
+        raise DataError(f"{dataset.path}: holds no interactions but the {len(known):,} known events")
     cases = Cases(history=history, targets=targets, user_ids=user_ids, item_ids=item_ids)
     user_N, item_N = history.user_row[targets], history.item_row[targets]
-    known_N = history.order < known_events
     owned_P = np.unique(history.user_row[known_N] * len(items) + history.item_row[known_N])  # pairs of user and item
     owners_I = np.bincount(owned_P % len(items), minlength=len(items))
     active_U = np.bincount(users.rows(known["user_id"]), minlength=len(users))

@@ -16,7 +16,7 @@ from cluster.manifest import VersionRef
 from training.evaluation import scoreboard
 from training.evaluation.command import describe, ease_beside, headlines
 from training.evaluation.system import VersionSystem
-from training.inputs import training_events
+from training.inputs import is_training_event
 from training.models.served import ServedModel
 from training.models.version import ROOT, read_version, write_version
 from training.stream import DataConfig
@@ -47,9 +47,9 @@ def load(tiny) -> ServedModel:
 
 def evaluate(model, dataset):
     """Return what the command tells of one version, of a dataset that it need not be trained on."""
-    known_events = len(training_events(dataset, model.state.recipe.section(DataConfig)))
-    board = scoreboard.evaluate({model.name: VersionSystem(model)}, dataset, known_events)
-    return {"scores": headlines(describe(board)[1])} | ease_beside(dataset, known_events)
+    known_N = is_training_event(dataset.events(), model.state.recipe.section(DataConfig))
+    board = scoreboard.evaluate({model.name: VersionSystem(model)}, dataset, known_N)
+    return {"scores": headlines(describe(board)[1])} | ease_beside(dataset, known_N)
 
 
 def served_rank(model, past, event) -> int:
@@ -119,7 +119,7 @@ def test_items_that_the_version_does_not_know_are_named(build_home, tmp_path):
 def test_a_dataset_with_nothing_left_to_name_is_an_error(build_home, tmp_path):
     tiny = build_home("data.train_fraction=0.5")
     shown = [Event(user_id="u0", item_id="i3", kind="impression", ts_us=10**9 + n) for n in range(20)]
-    with pytest.raises(DataError, match="holds no interactions after the first 20 events"):
+    with pytest.raises(DataError, match="holds no interactions but the 20 known events"):
         evaluate(load(tiny), write_events(tmp_path / "data", tiny, [*tiny.events(20), *shown]))
 
 
