@@ -4,6 +4,9 @@ In:  versions and a dataset.  Out: every metric with intervals, the first versio
 Knows nothing of serving. The same events that `recloop replay` sends, ranked offline with user state live.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.config import Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
@@ -104,10 +108,10 @@ def _check_trained_on(registry: Registry, ref: VersionRef, dataset: Dataset) -> 
         )
     reader = registry.open_version(ref.version)
     events = dataset.events(["event_id", "user_id", "kind"])
-    known_N = is_training_event(events, Recipe.from_resolved(reader.text(RECIPE_FILE)).section(DataConfig))
-    if events["event_id"].filter(pa.array(known_N)) != reader.table("history")["event_id"]:
+    fitted_ids = reader.table("history")["event_id"]
+    if events["event_id"].filter(pc.is_in(events["event_id"], fitted_ids.combine_chunks())) != fitted_ids:
         raise DataError(f"{dataset.path}: is not the dataset that version {ref} was trained on")
-    return known_N
+    return is_training_event(events, Recipe.from_resolved(reader.text(RECIPE_FILE)).section(DataConfig))
 
 
 def _trained_version(registry: Registry) -> VersionRef:
