@@ -5,7 +5,8 @@
     ├── DataError                3  a dataset or a raw file
     ├── RegistryError            4  versions on disk
     │   ├── NoVersionError          nothing has been published yet
-    │   └── CorruptVersionError     a manifest or a checksum does not hold
+    │   ├── CorruptVersionError     a manifest or a checksum does not hold
+    │   └── NothingToLearnError     a version does not learn while it serves
     ├── EngineError              5  Ray, ports, storage, the event log
     │   └── PortTakenError
     ├── GateError                6  a run that finished, with figures below its bars
@@ -45,6 +46,10 @@ class NoVersionError(RegistryError):
 
 class CorruptVersionError(RegistryError):
     """A published file differs from its manifest; the text names the file."""
+
+
+class NothingToLearnError(RegistryError):
+    """A version answers from a classical system, which is fitted once."""
 
 
 class EngineError(RecloopError):

@@ -17,6 +17,10 @@ from cluster.errors import CorruptVersionError, RegistryError
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
+SYSTEM = "system"
+"""Metric of a version that a classical system answers from: the system's name."""
+TWO_STAGE = "two_stage"
+"""The system of all others: the two-stage model, which learns while it serves."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,6 +75,11 @@ class Manifest:
     parent_sha256: str | None
     metrics: Mapping[str, Any]  # Any: whatever JSON holds
     files: Mapping[str, FileEntry]
+
+    @property
+    def system(self) -> str:
+        """Return the name of the system that it is a version of."""
+        return self.metrics.get(SYSTEM, TWO_STAGE)
 
     @property
     def sha256(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.catalogue import Item
 from cluster.log import EventLog
-from training.models.served import ServedModel
+from training.models.resident import Resident
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts to vectors, float32 [n, E]; raises `EngineError` when the encoder does not answer."""
@@ -37,7 +37,7 @@ class LiveCatalogue:
                 self._remember(item, vector)
             self._item_seq = fresh[-1][0]
 
-    def lay_over(self, model: ServedModel) -> ServedModel:
+    def lay_over(self, model: Resident) -> Resident:
         """Return a model that also knows what was put; the same one where it lacks nothing."""
         lacking = [(item, vector) for item, vector in self._items.values() if model.text_of(item.item_id) != item.text]
         if not lacking:

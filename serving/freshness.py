@@ -20,7 +20,7 @@ from cluster.log.records import LoggedEvent
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from serving.metrics import RECENT_EVENTS, Metrics
-from training.models.served import ServedModel
+from training.models.resident import Resident
 from training.models.version import ITEM_ROWS, find_set_aside
 
 READ_EVENTS = 1_000
@@ -52,7 +52,7 @@ class LearnedEvents:
         """Time events from here on."""
         self._timed_seq = self._log.head_seq()
 
-    def note_swap(self, before: ServedModel, after: ServedModel) -> None:
+    def note_swap(self, before: Resident, after: Resident) -> None:
         """Observe every event that the model now served reflects and the one before did not."""
         now_us = _now_us()
         set_aside = self._set_aside(before, after) if after.learned_seq > self._timed_seq else []
@@ -69,17 +69,18 @@ class LearnedEvents:
             self._timed_seq = after.learned_seq if len(reached) < len(events) else events[-1].seq
         self._time_rows(before, after, now_us)
 
-    def _time_rows(self, before: ServedModel, after: ServedModel, now_us: int) -> None:
+    def _time_rows(self, before: Resident, after: Resident, now_us: int) -> None:
+        if ITEM_ROWS not in after.state.rows:  # a classical system has none, so they wait for the next that has
+            return
         waiting = [logged for logged in self._unsent if logged.event.item_id in after.item_row]
         row_N = torch.tensor([after.item_row[logged.event.item_id] for logged in waiting], dtype=torch.int64)
-        row_before_N = torch.tensor(
-            [before.item_row.get(logged.event.item_id, -1) for logged in waiting], dtype=torch.int64
-        )
-        is_new_N = row_before_N < 0
-        if VersionRef.parse(before.name).version != VersionRef.parse(after.name).version:
-            is_new_N = torch.ones_like(is_new_N)
-        rows_ND, rows_before_ND = after.state.rows[ITEM_ROWS][row_N], before.state.rows[ITEM_ROWS][row_before_N]
-        sent_N = is_new_N | (rows_ND != rows_before_ND).any(1)
+        sent_N = torch.ones(len(waiting), dtype=torch.bool)
+        if VersionRef.parse(before.name).version == VersionRef.parse(after.name).version:
+            row_before_N = torch.tensor(
+                [before.item_row.get(logged.event.item_id, -1) for logged in waiting], dtype=torch.int64
+            )
+            rows_ND, rows_before_ND = after.state.rows[ITEM_ROWS][row_N], before.state.rows[ITEM_ROWS][row_before_N]
+            sent_N = (row_before_N < 0) | (rows_ND != rows_before_ND).any(1)
         sent = [logged for logged, is_sent in zip(waiting, sent_N.tolist(), strict=True) if is_sent]
         self._metrics.observe_freshness("row", [logged.acked_us for logged in sent], now_us)
         served = {logged.seq for logged in sent}
@@ -88,12 +89,12 @@ class LearnedEvents:
         self._asked_seq = self._timed_seq
         self._unsent = deque(unsent, maxlen=RECENT_EVENTS)
 
-    def _teaches(self, logged: LoggedEvent, model: ServedModel) -> bool:
+    def _teaches(self, logged: LoggedEvent, model: Resident) -> bool:
         """Whether there was a history to learn the event from: a user's first moves nothing, so its row is not due."""
         state = self._log.user_state(logged.event.user_id, model.max_history + 1, before_seq=logged.seq + 1)
         return sum(model.knows(entry.item_id) for entry in state.history) > 1
 
-    def _set_aside(self, before: ServedModel, after: ServedModel) -> list[range]:
+    def _set_aside(self, before: Resident, after: Resident) -> list[range]:
         """Return the events that the chain from one model to the other has passed over without learning them."""
         start, end = VersionRef.parse(before.name), VersionRef.parse(after.name)
         first = start.delta + 1 if start.version == end.version else 0

@@ -33,7 +33,7 @@ from serving.metrics import Metrics, RequestTimer
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import ProblemError, add_problem_handlers, problem_response
 from serving.refresh import Refresher
-from training.models.served import ServedModel
+from training.models.resident import Resident
 
 Result = TypeVar("Result")
 Json = dict[str, Any]  # Any: whatever JSON holds
@@ -258,7 +258,7 @@ def _describe_recommendation(query: recommender.Query, found: recommender.Recomm
     return answer if found.reflects_min_seq is None else {**answer, "reflects_min_seq": found.reflects_min_seq}
 
 
-def _describe_trial(trial: Canary | None, model: ServedModel | None) -> Json | None:
+def _describe_trial(trial: Canary | None, model: Resident | None) -> Json | None:
     if trial is None:
         return None
     return {"version": str(trial.ref), "share": trial.share, "from_seq": trial.from_seq, "served": model is not None}

@@ -23,7 +23,8 @@ from serving.catalogue import LiveCatalogue
 from serving.experiments import Arm
 from serving.freshness import LearnedEvents
 from serving.metrics import Metrics
-from training.models.served import ServedModel
+from training.models.classical import build_resident
+from training.models.resident import Resident
 from training.models.version import VersionState, apply_delta, read_version
 
 RETRY_REFUSED_S = 5.0
@@ -42,20 +43,20 @@ log = logging.getLogger(__name__)
 class Residents:
     """Everything in memory that answers requests; replaced as a whole, never changed."""
 
-    live: ServedModel
+    live: Resident
     """The promoted version, as far as it holds."""
-    pinned: ServedModel | None
+    pinned: Resident | None
     """What the arms that do not follow promotions are answered from."""
-    canary: ServedModel | None = None
+    canary: Resident | None = None
     """The version on trial, if there is one that holds."""
     trial: Canary | None = None
     """Who is answered from it."""
-    previous: ServedModel | None = None
+    previous: Resident | None = None
     """What `live` was before the last swap."""
     unavailable: frozenset[str] = frozenset()
     """Items outside their time of availability."""
 
-    def model_of(self, arm: Arm, user_id: str | None = None) -> ServedModel:
+    def model_of(self, arm: Arm, user_id: str | None = None) -> Resident:
         """Return the model of an arm that is switched on; for users on trial that of their trial."""
         if arm.follows_promotions and self.canary is not None and user_id is not None:
             assert self.trial is not None, "a canary is on trial"
@@ -229,7 +230,7 @@ class Refresher:
             raise CorruptVersionError(reason) from error
         self._residents = replace(self.residents, canary=model)
 
-    def _reach(self, target: VersionRef) -> tuple[ServedModel, Exception | None]:
+    def _reach(self, target: VersionRef) -> tuple[Resident, Exception | None]:
         """Return the model nearest to the target whose files hold, and what stopped short of the target."""
         residents = self.residents
         if residents.previous is not None and residents.previous.name == str(target):
@@ -260,12 +261,12 @@ class Refresher:
             return state, error
         return state, None
 
-    def _load(self, ref: VersionRef, resident: ServedModel | None) -> ServedModel:
+    def _load(self, ref: VersionRef, resident: Resident | None) -> Resident:
         state = read_version(self._registry, ref, resident=resident.state if resident else None)
         self._pause()
-        return self._catalogue.lay_over(ServedModel.build(state, {}, resident))
+        return self._catalogue.lay_over(build_resident(state, {}, resident))
 
-    def _warm_up(self, model: ServedModel) -> None:
+    def _warm_up(self, model: Resident) -> None:
         """Answer a stranger and a known user before anyone asks; raises `CorruptVersionError` for scores like NaN."""
         self._pause()
         stranger = model.recommend("", (), WARM_UP_ITEMS, frozenset())
@@ -280,7 +281,7 @@ class Refresher:
         if threading.current_thread() is self._thread:
             self._stopping.wait(PAUSE_S)
 
-    def _swap(self, after: ServedModel) -> None:
+    def _swap(self, after: Resident) -> None:
         before = self.residents
         self._residents = replace(before, live=after, previous=before.live)
         self._metrics.count_swap("swapped")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,10 +19,12 @@ from redis.exceptions import ConnectionError as RedisAwayError
 from cluster.config import Recipe, load_recipe
 from cluster.events import Event, events_table
 from cluster.home import Home
-from cluster.manifest import VersionRef
+from cluster.manifest import SYSTEM, VersionRef
 from cluster.ray_session import RaySession, find_free_port, ray_session
 from cluster.registry import Registry
 from embeddings.tables import TablesConfig
+from training.baselines.config import build_system
+from training.baselines.interface import seen_matrix
 from training.checkpoint import ADAM_FIELDS
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
@@ -193,6 +196,44 @@ class TinyHome:
     def live_events(self, count: int, *, first: int = 0) -> list[Event]:
         """Return clicks that follow those of version 1."""
         return self.events(count, first=self.USERS * self.CLICKS + first)
+
+
+@pytest.fixture(scope="session")
+def publish_classical() -> Callable[..., VersionRef]:
+    """Publish a classical system for items i0, i1, … as trained: users like the even items or the odd ones.
+
+    Told alike are they all, and popular as a version of TinyHome says: i0, i1, i2, …
+    """
+
+    def publish(registry: Registry, name: str = "ease", *, promote: bool = True) -> VersionRef:
+        items, users = TinyHome.ITEMS, 40
+        recipe = load_recipe("popularity", [f"system.name={name}", "ease.l2=20.0"])
+        text_IE = torch.nn.functional.normalize(torch.ones(items, TinyHome.TEXT_DIM), dim=1)
+        rng = np.random.default_rng(0)
+        pairs = [(u, item) for u in range(users) for item in rng.permutation(np.arange(u % 2, items, 2))[:12]]
+        seen = seen_matrix(*np.array(pairs).T, users, items)
+        system = build_system(recipe, name, text_IE.numpy()).fit(seen)
+        events = [
+            Event(event_id=f"c{n}", user_id=f"c{user}", item_id=f"i{item}", kind="click", ts_us=n)
+            for n, (user, item) in enumerate(pairs)
+        ]
+        state = VersionState(
+            ref=VersionRef(0),
+            recipe=recipe,
+            learned_seq=0,
+            item_ids=[f"i{row}" for row in range(items)],
+            item_texts=[f"film number {row}" for row in range(items)],
+            user_ids=[f"c{user}" for user in range(users)],
+            rows={TEXT_ROWS: text_IE, COUNT_ROWS: torch.arange(items, 0, -1)},
+            dense={},
+            optimizer={},
+            system={key: torch.from_numpy(array) for key, array in system.arrays().items()},
+        )
+        draft = registry.draft_version()
+        write_version(draft, state, events_table(events))
+        return draft.publish(offset=0, metrics={SYSTEM: name}, promote=promote)
+
+    return publish
 
 
 @pytest.fixture

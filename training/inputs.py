@@ -21,7 +21,9 @@ import pyarrow.compute as pc
 from cluster.dataset import Dataset
 from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS
+from cluster.progress import progress
 from embeddings.tables import TablesConfig
+from embeddings.text_encoder import TextEncoder
 from embeddings.vocabulary import Vocabulary
 from training.stream import DataConfig, History, NegativeSampler, build_history
 
@@ -63,6 +65,13 @@ def load_inputs(dataset: Dataset, data: DataConfig, tables: TablesConfig, text_p
         validation=np.flatnonzero(later),
         sampler=NegativeSampler(np.bincount(train.item_row, minlength=len(items)), data),
     )
+
+
+def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
+    """Return the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`."""
+    texts = dataset.items()["text"].to_pylist()
+    with progress(len(texts), "encoding item text", unit="text") as bar:
+        return encoder.encode(texts, on_progress=bar.update)
 
 
 def training_events(dataset: Dataset, data: DataConfig, columns: list[str] | None = None) -> pa.Table:

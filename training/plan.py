@@ -14,10 +14,12 @@ from cluster.config import load_recipe
 from cluster.dataset import load_dataset
 from cluster.errors import ConfigError, EngineError
 from cluster.examples import is_examples, load_examples
+from cluster.manifest import TWO_STAGE
 from cluster.memory import free_memory
 from cluster.output import Result, print_result
 from embeddings.plan import TablePlan, plan_tables
 from embeddings.tables import TablesConfig, device_type
+from training.baselines.config import SystemConfig
 from training.needs import RAY_BYTES, Job, WorkerNeed, click_job, two_stage_job, worker_need
 from training.run import TrainConfig
 
@@ -28,6 +30,8 @@ def run(args: argparse.Namespace) -> Result | None:
     """Plan: the `recloop plan` command. Raises `ConfigError`, after the figures, where memory does not suffice."""
     overrides = [f"train.workers={args.workers}", "train.min_workers=none"] if args.workers else []
     recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
+    if (system := recipe.section(SystemConfig).name) != TWO_STAGE:
+        raise ConfigError(f"system.name={system}: has no tables to plan; `recloop train` says if memory is too small")
     workers = recipe.section(TrainConfig).workers
     data = str(args.data or args.home.default_dataset)
     if is_examples(data):

@@ -5,17 +5,21 @@ Knows nothing of serving. The version is complete or absent: everything is writt
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from cluster.dataset import load_dataset
 from cluster.engine import open_registry
 from cluster.errors import DataError
+from cluster.manifest import SYSTEM, TWO_STAGE
 from cluster.registry import Registry, VersionRef
 from embeddings.tables import TablesConfig
+from training.baselines.config import SystemConfig
 from training.checkpoint import read_checkpoint
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.version import (
@@ -60,8 +64,6 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
     tables = recipe.section(TablesConfig)
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
     history = build_history(events, items, users)
-    whole, dense, optimizer = split_checkpoint(read_checkpoint(Path(trained.checkpoint)))
-    sizes = {"item": len(items), "user": len(users)}
     state = VersionState(
         ref=VersionRef(0),
         recipe=recipe,
@@ -70,18 +72,36 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         item_texts=dataset.items()["text"].to_pylist(),
         user_ids=users.ids,
         rows={
-            ITEM_ROWS: whole["item"][: sizes["item"]].clone(),
-            USER_ROWS: whole["user"][: sizes["user"]].clone(),
             TEXT_ROWS: torch.from_numpy(np.load(folder / TEXT_FILE)),
             COUNT_ROWS: torch.from_numpy(np.bincount(history.item_row, minlength=len(items))),
         },
+        dense={},
+        optimizer={},
+    )
+    system = recipe.section(SystemConfig).name
+    metrics: dict[str, Any] = dict(trained.metrics)  # Any: JSON
+    if system == TWO_STAGE:
+        state = _with_checkpoint(state, Path(trained.checkpoint))
+    else:
+        state = replace(state, system=load_file(trained.checkpoint))
+        metrics[SYSTEM] = system
+    registry.prune()
+    draft = registry.draft_version()
+    write_version(draft, state, events)
+    return draft.publish(offset=0, metrics=metrics, promote=promote)
+
+
+def _with_checkpoint(state: VersionState, checkpoint: Path) -> VersionState:
+    """Return the state with what the two-stage model has learned; spare rows stay behind."""
+    whole, dense, optimizer = split_checkpoint(read_checkpoint(checkpoint))
+    sizes = {"item": len(state.item_ids), "user": len(state.user_ids)}
+    tables = {name: whole[table][: sizes[table]].clone() for name, table in ((ITEM_ROWS, "item"), (USER_ROWS, "user"))}
+    return replace(
+        state,
+        rows={**tables, **state.rows},
         dense=dense,
         optimizer={
             name: tensor[: sizes[name.split(".")[0]]].clone() if name.endswith(".momentum") else tensor
             for name, tensor in optimizer.items()
         },
     )
-    registry.prune()
-    draft = registry.draft_version()
-    write_version(draft, state, events)
-    return draft.publish(offset=0, metrics=trained.metrics, promote=promote)

@@ -4,12 +4,15 @@ In:  a home or a run folder.  Out: the settings, the finished run, its recipe.
 Knows nothing of how training goes: training/trainer.py drives it, training/worker.py does it, publish.py reads it.
 """
 
+import datetime
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.config import Recipe
+from cluster.dataset import Dataset
 from cluster.errors import ConfigError, DataError
 from cluster.home import Home
 from training.step import StepConfig
@@ -17,6 +20,8 @@ from training.step import StepConfig
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.toml"
 TEXT_FILE = "text.npy"
+SYSTEM_FILE = "system.safetensors"
+"""What a classical system has learned."""
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
 """What a run over examples came to, written by its first worker."""
@@ -84,9 +89,25 @@ class TrainedRun:
     dataset: str
     dataset_fingerprint: str
     checkpoint: str
-    """Folder of the last checkpoint: best epoch, then the final pass."""
+    """Folder of the last checkpoint: best epoch, then the final pass; of a classical system, its file."""
     encoder_fingerprint: str
     metrics: dict[str, float]
+
+    @classmethod
+    def write(
+        cls, folder: Path, dataset: Dataset, *, checkpoint: str, encoder_fingerprint: str, metrics: Mapping[str, float]
+    ) -> "TrainedRun":
+        """State in the run's folder that it is finished."""
+        trained = cls(
+            folder=str(folder),
+            dataset=str(Path(dataset.path).resolve()),
+            dataset_fingerprint=dataset.fingerprint(),
+            checkpoint=checkpoint,
+            encoder_fingerprint=encoder_fingerprint,
+            metrics=dict(metrics),
+        )
+        (folder / RUN_FILE).write_text(json.dumps(asdict(trained), indent=1))
+        return trained
 
     @classmethod
     def read(cls, folder: Path) -> "TrainedRun":
@@ -95,6 +116,14 @@ class TrainedRun:
             return cls(**json.loads((folder / RUN_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder}: holds no finished training run ({error}); `recloop train` makes one") from error
+
+
+def new_run(home: Home, recipe: Recipe, kind: str = "train") -> Path:
+    """Make the folder of a run over a dataset, with its recipe; `latest_run` finds those of kind `train`."""
+    folder = home.runs / f"{kind}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}"
+    folder.mkdir(parents=True)
+    (folder / RECIPE_FILE).write_text(recipe.to_toml())
+    return folder
 
 
 def latest_run(home: Home) -> Path:

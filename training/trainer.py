@@ -1,7 +1,7 @@
 """Batch training on Ray Train: sharded tables, a checkpoint an epoch, early stopping.
 
 In:  a dataset and a recipe.  Out: a run folder: the best checkpoint, metrics.jsonl, TensorBoard scalars, run.json.
-Knows nothing of versions or serving.
+Knows nothing of versions or serving. A recipe of a classical system is fitted by classical.py instead.
 
     train_on_ray  (driver)   encode item text, write the job's inputs, start N workers, show progress
     train_worker  (each)     training/worker.py: for epoch: for batch: train_step; validate; report a checkpoint
@@ -10,8 +10,6 @@ The run folder must be on storage that all workers share.
 """
 
 import argparse
-import datetime
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,16 +22,19 @@ from cluster.dataset import Dataset, load_dataset
 from cluster.errors import ConfigError
 from cluster.examples import is_examples
 from cluster.home import Home
+from cluster.manifest import TWO_STAGE
 from cluster.progress import progress
 from cluster.ray_session import ray_session
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
+from training.baselines.config import SystemConfig
+from training.classical import fit_system
 from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
-from training.inputs import load_inputs
+from training.inputs import encode_items, load_inputs
 from training.models.rating import RatingConfig
 from training.ratings.inputs import load_rating_inputs
-from training.run import RECIPE_FILE, RUN_FILE, TEXT_FILE, TrainConfig, TrainedRun
+from training.run import TEXT_FILE, TrainConfig, TrainedRun, new_run
 from training.stream import DataConfig
 
 
@@ -47,6 +48,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
         overrides += [f"train.workers={most}", f"train.min_workers={fewest if fewest < most else 'none'}"]
     recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
     data, home = args.data or args.home.default_dataset, args.home.ensure()
+    system = recipe.section(SystemConfig).name
+    if system != TWO_STAGE and not args.resume:
+        if is_examples(str(data)) or overrides:
+            raise ConfigError(f"system.name={system}: is fitted at once on a dataset; leave out examples and --workers")
+        return asdict(fit_system(recipe, load_dataset(data), home))
     engine = recipe.section(EngineConfig)
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
         if args.resume or is_examples(str(data)):
@@ -86,11 +92,9 @@ def _fit(
     check: Callable[[Path], object],
 ) -> TrainedRun:
     """Train; `check` reads what the workers will, or says what is wrong with it, before any of them starts."""
-    folder = home.runs / f"{kind}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}"
-    folder.mkdir(parents=True)
-    (folder / RECIPE_FILE).write_text(recipe.to_toml())
+    folder = new_run(home, recipe, kind)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
-    write_item_vectors(encoder, dataset, folder)
+    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
     check(folder / TEXT_FILE)
     config = recipe.section(TrainConfig)
     job = {"recipe": recipe.to_toml(), "dataset": str(Path(dataset.path).resolve()), "folder": str(folder)}
@@ -99,20 +103,10 @@ def _fit(
     checkpoint, metrics = result.checkpoint, result.metrics
     assert checkpoint is not None  # workers report one after each epoch
     assert metrics is not None
-    trained = TrainedRun(
-        folder=str(folder),
-        dataset=str(Path(dataset.path).resolve()),
-        dataset_fingerprint=dataset.fingerprint(),
+    return TrainedRun.write(
+        folder,
+        dataset,
         checkpoint=checkpoint.path,
         encoder_fingerprint=encoder.fingerprint,
-        metrics=dict(metrics),
+        metrics=metrics,
     )
-    (folder / RUN_FILE).write_text(json.dumps(asdict(trained), indent=1))
-    return trained
-
-
-def write_item_vectors(encoder: TextEncoder, dataset: Dataset, folder: Path) -> None:
-    """Write the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`."""
-    texts = dataset.items()["text"].to_pylist()
-    with progress(len(texts), "encoding item text", unit="text") as bar:
-        np.save(folder / TEXT_FILE, encoder.encode(texts, on_progress=bar.update))

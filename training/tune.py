@@ -10,12 +10,13 @@ Every finished epoch is on disk: a search that was stopped goes on with `--resum
 """
 
 import argparse
-import datetime
 import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
@@ -26,10 +27,9 @@ from cluster.ray_session import ray_session
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.fit import fit_on_workers
-from training.inputs import load_inputs
-from training.run import RECIPE_FILE, TEXT_FILE, TrainConfig
+from training.inputs import encode_items, load_inputs
+from training.run import RECIPE_FILE, TEXT_FILE, TrainConfig, new_run
 from training.stream import DataConfig
-from training.trainer import write_item_vectors
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -76,10 +76,8 @@ def begin_search(recipe: Recipe, dataset: Dataset, home: Home, search: Search) -
     """Write what every trial reads, and return the search's folder. Raises `ConfigError` or `DataError`."""
     for text in search.ranges:
         read_range(text, recipe)
-    folder = home.runs.resolve() / f"tune-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}"
-    folder.mkdir(parents=True)
-    (folder / RECIPE_FILE).write_text(recipe.to_toml())
-    write_item_vectors(TextEncoder(recipe.section(EncoderConfig), home.cache), dataset, folder)
+    folder = new_run(home, recipe, "tune").resolve()
+    np.save(folder / TEXT_FILE, encode_items(TextEncoder(recipe.section(EncoderConfig), home.cache), dataset))
     load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)
     search = replace(search, dataset=str(Path(dataset.path).resolve()))
     (folder / SEARCH_FILE).write_text(json.dumps(asdict(search)))

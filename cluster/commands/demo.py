@@ -22,10 +22,11 @@ from typing import Any
 from cluster.config import EngineConfig, load_recipe
 from cluster.dataset import Dataset, load_dataset
 from cluster.engine import open_registry
-from cluster.errors import EngineError, GateError
+from cluster.errors import ConfigError, EngineError, GateError
 from cluster.home import Home
 from cluster.imports import load_target
 from cluster.log import EventLog
+from cluster.manifest import TWO_STAGE
 from cluster.output import print_result
 from cluster.ray_session import assert_port_free, ray_session
 from cluster.registry import Registry
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
     assert_port_free(args.host, args.port)
     workers = [f"train.workers={args.workers}"] if args.workers else []
     recipe = load_recipe(args.recipe, [f"serve.arms={list(ARMS)}", *workers, *args.overrides])
+    if (system := recipe.section(load_target("training.baselines.config:SystemConfig")).name) != TWO_STAGE:
+        raise ConfigError(f"system.name={system}: learns nothing while it serves, which is what the demo shows")
     dataset = _prepared(args.home.ensure())
     engine = recipe.section(EngineConfig)
     with _only_demo(args.home), ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):

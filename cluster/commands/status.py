@@ -15,6 +15,7 @@ from cluster.engine import open_registry
 from cluster.errors import ConfigError
 from cluster.home import Home
 from cluster.log import EventLog
+from cluster.manifest import TWO_STAGE, VersionRef
 from cluster.output import Result
 from cluster.registry import Registry
 
@@ -35,11 +36,14 @@ def run(args: argparse.Namespace) -> Result:
 def _describe_registry(registry: Registry) -> Result:
     current = current_or_none(registry)
     if current is None:
-        return {"current": None, "versions": 0, "learned_seq": None}
+        return {"current": None, "system": None, "versions": 0, "learned_seq": None, "learning": None}
+    system = registry.manifest(VersionRef(current.version)).system
     return {
         "current": str(current),
+        "system": system,
         "versions": len(registry.versions()),
         "learned_seq": registry.manifest(current).last_seq,
+        "learning": "from the log" if system == TWO_STAGE else f"nothing: {system} is fitted once",
     }
 
 

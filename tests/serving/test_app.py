@@ -316,3 +316,55 @@ def test_a_version_on_trial_that_does_not_hold_is_served_to_nobody(served):
         served.registry.end_canary(canary, "over")
         served.versions.flip_bit(ref, "rows.safetensors")
     served.wait_for(lambda: served.request("GET", "/readyz").body["problems"] == {})
+
+
+def test_a_classical_version_and_a_two_stage_one_take_turns_in_place(served, publish_classical):
+    before = VersionRef.parse(served.recommend("u0")["version"])
+    slate = served.recommend("u0")["items"]
+    ref = publish_classical(served.registry)
+    served.wait_until_served(ref)
+    stranger = served.recommend("odd one out", k=3)
+    assert (stranger["cold_start"], item_ids(stranger)) == (True, ["i0", "i1", "i2"])
+    for item_id in ("i5", "i7"):
+        seq = served.post("odd one out", item_id)
+        answer = served.recommend("odd one out", k=10, min_seq=seq)
+        assert (answer["version"], answer["cold_start"], answer["reflects_min_seq"]) == (str(ref), False, True)
+        assert item_id not in item_ids(answer)
+        assert {int(name[1:]) % 2 for name in item_ids(answer)} == {1}
+    about = served.request("GET", "/v1/versions").body
+    assert (about["served"], about["learned_seq"], about["items"], about["problems"]) == (str(ref), 0, 30, {})
+    served.registry.promote(before, "it learns")
+    served.wait_until_served(before)
+    assert served.recommend("u0")["items"] == slate
+    served.wait_until_served(served.publish_delta(seed=11))
+    served.registry.promote(ref, "again")
+    served.wait_until_served(ref)
+    assert {int(name[1:]) % 2 for name in item_ids(served.recommend("odd one out"))} == {1}
+    served.registry.promote(served.registry.deltas(before.version)[-1].ref, "back")
+    served.wait_until_served(served.registry.deltas(before.version)[-1].ref)
+    assert served.request("GET", "/readyz").body["problems"] == {}
+
+
+def test_an_item_put_while_a_classical_version_serves_is_known_and_not_recommended(served, publish_classical):
+    before = served.registry.current()
+    served.wait_until_served(publish_classical(served.registry))
+    assert served.request("PUT", "/v1/items", {"item_id": "unplaced", "text": "a night train"}).status == 200
+    assert "unplaced" not in item_ids(served.recommend("u0", k=500))
+    assert len(served.request("GET", "/v1/items/unplaced/similar?k=3").body["items"]) == 3
+    served.wait_until_served(publish_classical(served.registry, "content"))
+    assert "unplaced" in item_ids(served.recommend("u0", k=500))
+    served.registry.promote(before, "back")
+    served.wait_until_served(before)
+    assert "unplaced" in item_ids(served.recommend("u0", k=500))
+
+
+def test_a_classical_version_can_be_on_trial(served, publish_classical):
+    current = served.registry.current()
+    ref = publish_classical(served.registry, promote=False)
+    canary = served.registry.start_canary(ref, 0.5, served.log.head_seq())
+    try:
+        taking = next(user for user in (f"t{n}" for n in range(100)) if canary.takes(user))
+        served.wait_for(lambda: served.recommend(taking)["version"] == str(ref))
+    finally:
+        served.registry.end_canary(canary, "over")
+    served.wait_for(lambda: served.recommend(taking)["version"] == str(current))

@@ -13,9 +13,9 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.checkpoint import read_checkpoint
+from training.inputs import encode_items
 from training.models.served import ServedModel
 from training.run import METRICS_FILE, RECIPE_FILE, TEXT_FILE, TrainConfig, TrainedRun, learning_rate
-from training.trainer import write_item_vectors
 from training.worker import Progress
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the run, half a minute on idle cores
@@ -76,8 +76,7 @@ def test_the_checkpoint_holds_tables_with_spare_rows_and_optimisers(board) -> No
 
 
 def test_items_are_encoded_in_the_catalogue_s_order(board, tmp_path: Path) -> None:
-    write_item_vectors(TextEncoder(EncoderConfig(), tmp_path), board.dataset, tmp_path)
-    assert not np.load(tmp_path / TEXT_FILE).any()
+    assert not encode_items(TextEncoder(EncoderConfig(), tmp_path), board.dataset).any()
 
 
 def test_a_folder_without_a_finished_run_is_named(tmp_path: Path) -> None:

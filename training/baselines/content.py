@@ -26,6 +26,12 @@ class Content:
         self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
         return self
 
+    def placed(self, vector_IE: np.ndarray) -> "Content":
+        """Return it for a catalogue told so, in which the items that it knows come first and which may have more."""
+        model = Content(vector_IE)
+        model.popularity_I = np.pad(self.popularity_I, (0, len(vector_IE) - len(self.popularity_I)))
+        return model
+
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Return each item's cosine to the mean of what the user has."""
         profile_BE = seen_BI @ self.vector_IE
@@ -34,10 +40,10 @@ class Content:
         return with_popular(scores_BI.astype(np.float32), seen_BI, self.popularity_I)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return vectors and counts."""
-        return {"vector": self.vector_IE, "popularity": self.popularity_I}
+        """Return the counts; the vectors are given when it is built."""
+        return {"popularity": self.popularity_I}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> Self:
-        """Take up vectors and counts."""
-        self.vector_IE, self.popularity_I = arrays["vector"], arrays["popularity"]
+        """Take up the counts."""
+        self.popularity_I = arrays["popularity"]
         return self

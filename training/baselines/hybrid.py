@@ -1,7 +1,7 @@
 """A hybrid: several systems' scores, each standardised over a user's items, added up by weights chosen on validation.
 
 In:  systems and weights.  Out: scores.
-Knows nothing of how weights are chosen (training/evaluation/holdout.py ranks; whoever asks tries some).
+Knows nothing of how weights are chosen (training/evaluation/classical.py tries some).
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from cluster.errors import ConfigError
+from training.baselines.content import Content
 from training.baselines.interface import IntArray, Recommender, Scores
 
 
@@ -21,6 +22,8 @@ class Hybrid:
         if not parts or len(parts) != len(weights):
             raise ConfigError(f"hybrid: {len(parts)} systems and {len(weights)} weights; each system needs one")
         self.parts, self.weights = list(parts), list(weights)
+        self._known: list[int | None] = [None] * len(parts)
+        """How many of the items, the first ones, each part knows; none for all."""
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Fit every part."""
@@ -29,9 +32,21 @@ class Hybrid:
         return self
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
-        """Add up the parts' standardised scores."""
-        parts = zip(self.parts, self.weights, strict=True)
-        return np.stack([weight * standardised(part.scores(seen_BI, user_row_B)) for part, weight in parts]).sum(0)
+        """Add up the parts' standardised scores; of an item that it does not know, a part says 0, which is its mean."""
+        parts = zip(self.parts, self.weights, self._known, strict=True)
+        weighted = [w * standardised(part.scores(seen_BI[:, :known], user_row_B)) for part, w, known in parts]
+        items = max(scores_BI.shape[1] for scores_BI in weighted)
+        return np.stack([np.pad(scores, ((0, 0), (0, items - scores.shape[1]))) for scores in weighted]).sum(0)
+
+    def placed(self, vector_IE: np.ndarray) -> "Hybrid | None":
+        """Return it for a catalogue told so, as `Content.placed`; none where no part places items by what is told."""
+        parts = [part.placed(vector_IE) if isinstance(part, Content) else part for part in self.parts]
+        contents = [part for part in self.parts if isinstance(part, Content)]
+        if not contents:
+            return None
+        model = Hybrid(parts, self.weights)
+        model._known = [None if isinstance(part, Content) else len(contents[0].popularity_I) for part in parts]
+        return model
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return every part's arrays, numbered."""

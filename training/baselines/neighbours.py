@@ -36,9 +36,16 @@ class _Neighbours:
         self.similarity: Similarity = similarity
 
     def _nearest(
-        self, some_NM: sparse.csr_array, all_RM: sparse.csr_array, members: int, exclude_N: np.ndarray
+        self,
+        some_NM: sparse.csr_array,
+        all_RM: sparse.csr_array | sparse.csc_array,
+        members: int,
+        exclude_N: np.ndarray,
     ) -> sparse.csr_array:
-        """Return the similarity of each of some sets, of so many possible members, to its nearest of all, [N, R]."""
+        """Return the similarity of each of some sets, of so many possible members, to its nearest of all, [N, R].
+
+        Where one request after the other is answered, all are given by column: turning them each time costs more.
+        """
         similarity_NR = _similarities(some_NM, all_RM, members, self.similarity, self.shrink)
         return _largest(similarity_NR, self.neighbours, exclude_N)
 
@@ -60,12 +67,11 @@ class ItemNeighbours(_Neighbours):
             )
             for start in range(0, items, BLOCK)
         ]
-        self.nearest_II = sparse.csr_array(sparse.vstack(blocks, format="csr"))
-        return self
+        return self._take(sparse.csr_array(sparse.vstack(blocks, format="csr")))
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Add up what each item's nearest items say."""
-        return with_popular((seen_BI @ self.nearest_II.T).toarray().astype(np.float32), seen_BI, self.popularity_I)
+        return with_popular((seen_BI @ self._columns_II.T).toarray().astype(np.float32), seen_BI, self.popularity_I)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the nearest items."""
@@ -74,7 +80,10 @@ class ItemNeighbours(_Neighbours):
     def restore(self, arrays: dict[str, np.ndarray]) -> Self:
         """Take up the nearest items."""
         self.popularity_I = arrays["popularity"]
-        self.nearest_II = join_sparse("nearest", arrays, len(self.popularity_I))
+        return self._take(join_sparse("nearest", arrays, len(self.popularity_I)))
+
+    def _take(self, nearest_II: sparse.csr_array) -> Self:
+        self.nearest_II, self._columns_II = nearest_II, sparse.csc_array(nearest_II)  # whose rows need no turning
         return self
 
 
@@ -83,16 +92,15 @@ class UserNeighbours(_Neighbours):
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Remember who has what."""
-        self.seen_UI = seen_UI.copy()
         self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
-        return self
+        return self._take(seen_UI.copy())
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Add up what the nearest others have; nobody is their own neighbour."""
         blocks = [
             self._nearest(
                 seen_BI[start : start + BLOCK],
-                self.seen_UI,
+                self._columns_UI,
                 members=len(self.popularity_I),
                 exclude_N=user_row_B[start : start + BLOCK],
             )
@@ -109,12 +117,19 @@ class UserNeighbours(_Neighbours):
     def restore(self, arrays: dict[str, np.ndarray]) -> Self:
         """Take up who has what."""
         self.popularity_I = arrays["popularity"]
-        self.seen_UI = join_sparse("seen", arrays, len(self.popularity_I))
+        return self._take(join_sparse("seen", arrays, len(self.popularity_I)))
+
+    def _take(self, seen_UI: sparse.csr_array) -> Self:
+        self.seen_UI, self._columns_UI = seen_UI, sparse.csc_array(seen_UI)
         return self
 
 
 def _similarities(
-    some_NM: sparse.csr_array, all_RM: sparse.csr_array, members: int, similarity: Similarity, shrink: float
+    some_NM: sparse.csr_array,
+    all_RM: sparse.csr_array | sparse.csc_array,
+    members: int,
+    similarity: Similarity,
+    shrink: float,
 ) -> np.ndarray:
     """Return the similarity of each of some sets to each of all, [N, R]; 0 where one is empty."""
     common_NR = (some_NM @ all_RM.T).toarray()

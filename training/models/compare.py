@@ -23,10 +23,15 @@ def compare_versions(registry: Registry, one: VersionRef, other: VersionRef) -> 
     return {
         "from": str(one),
         "to": str(other),
+        "system": [registry.manifest(VersionRef(ref.version)).system for ref in (one, other)],
         "learned_seq": [before.learned_seq, after.learned_seq],
         "items": _compare_ids(before.item_ids, after.item_ids),
         "users": _compare_ids(before.user_ids, after.user_ids),
-        "rows": {name: _compare_rows(name, before, after) for name in ROW_TENSORS},
+        "rows": {
+            name: _compare_rows(name, before, after)
+            for name in ROW_TENSORS
+            if name in before.rows and name in after.rows
+        },
         "dense": _compare_dense(_dense(before, after.seen), _dense(after, before.seen)),
         "recipe": _compare_recipes(before.recipe, after.recipe),
         "metrics": [dict(registry.manifest(ref).metrics) for ref in (one, other)],
@@ -55,9 +60,13 @@ def _compare_rows(name: str, before: VersionState, after: VersionState) -> Json:
 
 
 def _dense(state: VersionState, seen_elsewhere: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
-    """Return the dense weights and the correction by what is seen, which is zero where only the other has one."""
+    """Return all that has no rows: a classical system's arrays, dense weights and the correction by what is seen.
+
+    The last is zero where only the other version has one.
+    """
     seen = state.seen if state.seen is not None or seen_elsewhere is None else torch.zeros_like(seen_elsewhere)
-    return state.dense if seen is None else {**state.dense, SEEN: seen}
+    whole = {**{f"system.{name}": tensor for name, tensor in state.system.items()}, **state.dense}
+    return whole if seen is None else {**whole, SEEN: seen}
 
 
 def _compare_dense(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Json:

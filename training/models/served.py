@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from cluster.errors import RegistryError
 from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
+from training.models.resident import Candidates, Catalogue, Put, index_ids, lay_over
 from training.models.seen import seen_correction
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
@@ -42,32 +44,12 @@ from training.models.version import (
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """Items for a user, best first."""
-
-    item_ids: list[str]
-    scores: np.ndarray
-    """Click logits, or log popularity for a cold start."""
-    cold_start: bool
-    """Whether nothing the user did could be used."""
-
-
 @dataclass(frozen=True, kw_only=True)  # without slots, which leave no room for what is computed when it is asked for
-class ServedModel:
+class ServedModel(Catalogue):
     """One version's answers. Build it with `load`, `with_delta` and `with_items`."""
 
-    state: VersionState
     dense: TwoStage
-    put: Mapping[str, tuple[str, np.ndarray]]
-    """Items put that the version does not hold so: id to text and encoder vector; those without a row come last, in
-    this order."""
-    item_ids: list[str]
-    index_of: dict[str, int]
-    item_row: dict[str, int]
-    """`index_of` less what was put."""
     item_ID: torch.Tensor
-    popularity_I: np.ndarray
     user_row: dict[str, int]
 
     @classmethod
@@ -76,23 +58,16 @@ class ServedModel:
 
         What the `resident` model has of the same content is shared with it, and neither read nor built again.
         """
-        return cls.build(read_version(registry, ref, resident=resident.state if resident else None), {}, resident)
+        state = read_version(registry, ref, resident=resident.state if resident else None)
+        if not state.dense:
+            raise RegistryError(f"version {ref}: holds no two-stage model; it is of {registry.manifest(ref).system}")
+        return cls.build(state, {}, resident)
 
     @classmethod
-    def build(
-        cls,
-        state: VersionState,
-        put: Mapping[str, tuple[str, np.ndarray]],
-        resident: "ServedModel | None" = None,
-    ) -> "ServedModel":
+    def build(cls, state: VersionState, put: Put, resident: "ServedModel | None" = None) -> "ServedModel":
         """Compute what answering needs from a version's tensors and the items put since, as far as nobody has yet."""
-        item_row = _index(state.item_ids, resident and (resident.state.item_ids, resident.item_row))
-        put = {item_id: item for item_id, item in put.items() if not _is_held(state, item_row.get(item_id), *item)}
-        new_ids = [item_id for item_id in put if item_id not in item_row]
-        item_ids, index_of = state.item_ids, item_row
-        if new_ids:
-            item_ids = [*item_ids, *new_ids]
-            index_of = item_row | {item_id: len(item_row) + position for position, item_id in enumerate(new_ids)}
+        item_row = index_ids(state.item_ids, resident and (resident.state.item_ids, resident.item_row))
+        put, item_ids, index_of = lay_over(state, item_row, put)
         row_ID, text_IE, count_I = (state.rows[name] for name in (ITEM_ROWS, TEXT_ROWS, COUNT_ROWS))
         if put:
             row_ID, text_IE, count_I = (grow_rows(rows, len(item_ids)) for rows in (row_ID, text_IE, count_I))
@@ -110,7 +85,7 @@ class ServedModel:
             item_row=item_row,
             item_ID=item_ID,
             popularity_I=log_popularity(count_I),
-            user_row=_index(state.user_ids, resident and (resident.state.user_ids, resident.user_row)),
+            user_row=index_ids(state.user_ids, resident and (resident.state.user_ids, resident.user_row)),
         )
 
     def with_delta(self, reader: VersionReader) -> "ServedModel":
@@ -127,40 +102,14 @@ class ServedModel:
         return ServedModel.build(self.state, {**self.put, **new}, self)
 
     @property
-    def name(self) -> str:
-        """The version with its delta, such as 1.37."""
-        return str(self.state.ref)
-
-    @property
-    def learned_seq(self) -> int:
-        """Newest event of the log that the weights have learned."""
-        return self.state.learned_seq
-
-    @property
     def max_history(self) -> int:
         """Interactions it looks back on."""
         return self.dense.config.max_history
-
-    @property
-    def item_count(self) -> int:
-        """Items it can recommend."""
-        return len(self.item_ids)
 
     @cached_property
     def unit_vectors(self) -> torch.Tensor:
         """Item vectors [I, D] of length 1, computed when neighbours are first asked for."""
         return torch.nn.functional.normalize(self.item_ID, dim=1)
-
-    def knows(self, item_id: str) -> bool:
-        """Whether the item can be recommended."""
-        return item_id in self.index_of
-
-    def text_of(self, item_id: str) -> str | None:
-        """Return the item's text, or none for an unknown item."""
-        if item_id in self.put:
-            return self.put[item_id][0]
-        index = self.index_of.get(item_id)
-        return self.state.item_texts[index] if index is not None else None
 
     def recommend(
         self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
@@ -169,10 +118,7 @@ class ServedModel:
         known = [entry for entry in history if entry.item_id in self.index_of][-self.max_history :]
         excluded = [self.index_of[item_id] for item_id in exclude if item_id in self.index_of]
         if not known:
-            scores_I = self.popularity_I.copy()
-            scores_I[excluded] = -np.inf
-            best = np.argsort(-scores_I, kind="stable")[:k]
-            return self._candidates(best[np.isfinite(scores_I[best])], scores_I, cold_start=True)
+            return self.popular(k, excluded)
         with torch.inference_mode():
             user_D = self.user_vector(user_id, known)
             score_I = self.item_ID @ user_D
@@ -181,9 +127,8 @@ class ServedModel:
             candidate_K = score_I.topk(max(wanted, 0)).indices
             order_K = self.order(user_D, self.item_ID[candidate_K])
             best_K = order_K.argsort(descending=True, stable=True)[:k]
-            scores = np.full(len(self.item_ids), -np.inf, np.float32)
-            scores[candidate_K.numpy()] = order_K.numpy()
-        return self._candidates(candidate_K[best_K].numpy(), scores, cold_start=False)
+        item_ids = [self.item_ids[index] for index in candidate_K[best_K].tolist()]
+        return Candidates(item_ids=item_ids, scores=order_K[best_K].numpy(), cold_start=False)
 
     def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
         """Return the score [K] by which a user's candidates are shown: the ranker's, corrected by what is chosen."""
@@ -207,36 +152,7 @@ class ServedModel:
     def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         """Return the `k` nearest items by cosine, best first. Raises `KeyError` for an unknown item."""
         index = self.index_of[item_id]
-        cosine_I = (self.unit_vectors @ self.unit_vectors[index]).numpy().copy()
-        cosine_I[index] = -np.inf
-        best = np.argsort(-cosine_I, kind="stable")[: min(k, len(self.item_ids) - 1)]
-        return [(self.item_ids[i], float(cosine_I[i])) for i in best]
-
-    def _candidates(self, indices: np.ndarray, scores_I: np.ndarray, *, cold_start: bool) -> Candidates:
-        return Candidates(item_ids=[self.item_ids[i] for i in indices], scores=scores_I[indices], cold_start=cold_start)
-
-
-def _index(ids: list[str], resident: tuple[list[str], dict[str, int]] | None) -> dict[str, int]:
-    """Return each id's place in the list; of a resident list and its index, that index with what differs made good."""
-    if resident is None or len(ids) < len(resident[0]):
-        return {item_id: place for place, item_id in enumerate(ids)}
-    before, index = resident
-    if ids == before:
-        return index
-    changed = [place for place, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other]
-    index = index.copy()
-    for place in changed:
-        del index[before[place]]
-    for place in (*changed, *range(len(before), len(ids))):
-        index[ids[place]] = place
-    return index
-
-
-def _is_held(state: VersionState, row: int | None, text: str, vector: np.ndarray) -> bool:
-    """Whether the version has learned of an item all that was put."""
-    if row is None or state.item_texts[row] != text:
-        return False
-    return np.array_equal(state.rows[TEXT_ROWS][row].numpy(), vector)
+        return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
 
 
 def _build_dense(state: VersionState, resident: ServedModel | None) -> TwoStage:

@@ -6,6 +6,7 @@ Knows nothing of how it was learned or how it is served.
     rows.safetensors       item [I, D] · user [U, D] · count [I]   one row an id, in vocabulary order
     text.safetensors       text [I, E], apart: it is large, and the next version's is mostly the same
     dense.safetensors      the two-stage model's parameters
+    system.safetensors     of a classical system what it has learned, in place of item, user and dense
     seen.safetensors       the correction by what of the seen was chosen, where there is one
     optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments, seen's posterior
     items.parquet          item_id, text         users.parquet   user_id
@@ -41,8 +42,9 @@ EVENTS, SET_ASIDE = "events_total", "set_aside_total"
 """Metrics of all that the online trainer publishes: events applied so far, and how many of these the guard or a
 rollback has undone."""
 ITEMS_FILE, USERS_FILE, RECIPE_FILE = "items.parquet", "users.parquet", "recipe.toml"
-TEXT_FILE, DENSE_FILE = "text.safetensors", "dense.safetensors"
-SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE))
+TEXT_FILE, DENSE_FILE, SYSTEM_FILE = "text.safetensors", "dense.safetensors", "system.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE, SYSTEM_FILE))
 """What a version may share with the one before it in memory."""
 TEXTS_AT_ONCE = 4_096
 """Texts made with the interpreter's lock held; requests go on in between."""
@@ -71,6 +73,8 @@ class VersionState:
     """Item and user rows as the trainer has them, where `rows` are rounded; empty without the optimiser."""
     seen: torch.Tensor | None = None
     """Weights [2D] of `training.models.seen`; none before anything was learned of what was shown."""
+    system: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What a classical system has learned, its `arrays`; empty where there is none."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """File name to checksum, of the files whose content is here as it was read: no delta has changed it since."""
 
@@ -119,10 +123,13 @@ def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
     """Write all files of a version into a draft."""
     draft.add_tensors("rows", {name: rows for name, rows in state.trained_rows.items() if name != TEXT_ROWS})
     draft.add_tensors("text", {TEXT_ROWS: state.rows[TEXT_ROWS]})
-    draft.add_tensors("dense", state.dense)
+    if state.dense:
+        draft.add_tensors("dense", state.dense)
+        draft.add_tensors("optimizer", state.optimizer)
     if state.seen is not None:
         draft.add_tensors(SEEN, {"weight": state.seen})
-    draft.add_tensors("optimizer", state.optimizer)
+    if state.system:
+        draft.add_tensors("system", state.system)
     draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
     draft.add_table("users", pa.table({"user_id": pa.array(state.user_ids, pa.string())}))
     draft.add_table("history", history)
@@ -163,6 +170,9 @@ def read_version(
         held = _holder(resident, reader, TEXT_FILE)
         rows[TEXT_ROWS] = held.rows[TEXT_ROWS] if held else reader.tensors("text")[TEXT_ROWS]
     held = _holder(resident, reader, DENSE_FILE)
+    dense = held.dense if held else _tensors(reader, DENSE_FILE)
+    held = _holder(resident, reader, SYSTEM_FILE)
+    system = held.system if held else _tensors(reader, SYSTEM_FILE)
     state = VersionState(
         ref=VersionRef(ref.version),
         recipe=recipe,
@@ -171,9 +181,10 @@ def read_version(
         item_texts=item_texts,
         user_ids=user_ids,
         rows=rows,
-        dense=held.dense if held else reader.tensors("dense"),
-        optimizer=reader.tensors("optimizer") if with_optimizer else {},
+        dense=dense,
+        optimizer=_tensors(reader, OPTIMIZER_FILE) if with_optimizer else {},
         seen=_read_seen(reader),
+        system=system,
         sources={name: entry.sha256 for name, entry in reader.manifest.files.items() if name in SHARED_FILES},
     )
     for number in range(1, ref.delta + 1):
@@ -295,8 +306,13 @@ def _holder(resident: VersionState | None, reader: VersionReader, file_name: str
     return resident if same else None
 
 
+def _tensors(reader: VersionReader, file_name: str) -> dict[str, torch.Tensor]:
+    """Return a file's tensors; none where the version, or the delta, has no such file."""
+    return reader.tensors(file_name.removesuffix(".safetensors")) if file_name in reader.manifest.files else {}
+
+
 def _read_seen(reader: VersionReader) -> torch.Tensor | None:
-    return reader.tensors(SEEN)["weight"] if f"{SEEN}.safetensors" in reader.manifest.files else None
+    return _tensors(reader, f"{SEEN}.safetensors").get("weight")
 
 
 def _read_items(reader: VersionReader) -> tuple[list[str], list[str]]:

@@ -2,7 +2,8 @@
 
 In:  a registry, an event log and the encoder's settings.  Out: deltas; `status` for whoever asks.
 Knows nothing of how learning works (training/online/learner.py). Crash-only: on any error the process ends, Ray starts
-it again and it goes on after the last published delta.
+it again and it goes on after the last published delta. While the promoted version is of a classical system, which has
+nothing to learn, it waits for the next (idle.py).
 """
 
 import contextlib
@@ -21,12 +22,13 @@ from ray.exceptions import RayError
 
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_log, open_registry
-from cluster.errors import EngineError
+from cluster.errors import EngineError, NothingToLearnError
 from cluster.home import Home
 from cluster.log.retention import LogConfig
 from embeddings.tables import device_type
 from training.online.canary import CanaryConfig, CanaryWatch
-from training.online.learner import OnlineConfig, OnlineLearner
+from training.online.idle import Idle
+from training.online.learner import CONSUMER, OnlineConfig, OnlineLearner
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,11 @@ class OnlineTrainer:
         if not self._ready.is_set():
             return {"ready": False}
         learner = self._learner
+        if isinstance(learner, Idle):
+            return learner.status()
         return {
             "ready": True,
+            "learns": True,
             "version": str(learner.ref),
             "applied_seq": learner.applied_seq,
             "lag_events": self._log.head_seq() - learner.applied_seq,
@@ -79,14 +84,29 @@ class OnlineTrainer:
     def _run(self) -> None:
         try:
             dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-            device = torch.device(device_type())
-            self._learner = OnlineLearner(self._registry, self._log, self._recipe, self._cache_folder, device)
+            self._learner = self._take_up()
             self._ready.set()
             self._follow_log()
         except BaseException:
             logger.exception("online training failed; starting again after the last delta")
             time.sleep(RESTART_PAUSE_S)
             os._exit(1)
+
+    def _take_up(self) -> OnlineLearner | Idle:
+        """Return who learns on from the promoted version, or who waits while that has nothing to learn."""
+        device = torch.device(device_type())
+        try:
+            return OnlineLearner(self._registry, self._log, self._recipe, self._cache_folder, device)
+        except NothingToLearnError:
+            return Idle(self._registry, self._log, CONSUMER)
+
+    def _publish(self) -> None:
+        if isinstance(self._learner, Idle) and self._registry.current() != self._learner.ref:
+            self._learner = self._take_up()
+        try:
+            self._learner.publish()
+        except NothingToLearnError:
+            self._learner = Idle(self._registry, self._log, CONSUMER)
 
     def _follow_log(self) -> None:
         published_s = looked_s = time.monotonic()
@@ -95,14 +115,14 @@ class OnlineTrainer:
             if events:
                 self._learner.learn(events)
             if time.monotonic() - published_s >= self._config.publish_interval_ms / 1_000:
-                self._learner.publish()
+                self._publish()
                 published_s = time.monotonic()
             if time.monotonic() - looked_s >= CANARY_LOOK_S:
                 self._canary.look(time.time_ns() // 1_000)
                 looked_s = time.monotonic()
             if not events:
                 self._stopping.wait(self._config.poll_interval_ms / 1_000)
-        self._learner.publish()
+        self._publish()
 
 
 @contextlib.contextmanager

@@ -28,9 +28,10 @@ import pyarrow.compute as pc
 import torch
 
 from cluster.config import Recipe
-from cluster.errors import ConfigError, CorruptVersionError
+from cluster.errors import ConfigError, CorruptVersionError, NothingToLearnError
 from cluster.events import INTERACTION_KINDS
 from cluster.log import EventLog, Interaction, LoggedEvent
+from cluster.manifest import TWO_STAGE
 from cluster.registry import Manifest, Registry, VersionRef
 from embeddings.batch import PAD, Sequences, build_batch
 from embeddings.quantized import FORMATS
@@ -163,7 +164,7 @@ class OnlineLearner:
     def __init__(
         self, registry: Registry, log: EventLog, recipe: Recipe, cache_folder: Path | None, device: torch.device
     ) -> None:
-        """Take up the promoted version. Raises `NoVersionError` or `CorruptVersionError`.
+        """Take up the promoted version. Raises `NoVersionError`, `CorruptVersionError` or `NothingToLearnError`.
 
         How to learn and what to let through is `recipe`'s; the model and the encoder are the version's own.
         """
@@ -182,6 +183,8 @@ class OnlineLearner:
 
     def _take_up(self, ref: VersionRef) -> None:
         """Make weights, optimiser and offset those of a version."""
+        if (system := self.registry.manifest(VersionRef(ref.version)).system) != TWO_STAGE:
+            raise NothingToLearnError(f"version {ref}: is of {system}, which does not learn while it serves")
         state = read_version(self.registry, ref, with_optimizer=True)
         self.ref, self.recipe, self.applied_seq = ref, state.recipe, state.learned_seq
         self.data = state.recipe.section(DataConfig)
@@ -289,6 +292,7 @@ class OnlineLearner:
         """Publish a delta of what was learned since the last, or undo that learning where the guard objects.
 
         Returns the delta's name, or none when there is nothing to publish or someone moved the pointer meanwhile.
+        Raises `NothingToLearnError` where it was moved to a version that does not learn.
         """
         if (current := self.registry.current()) != self.ref:
             self._follow_pointer(current, took_up=True)

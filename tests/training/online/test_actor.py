@@ -13,6 +13,7 @@ from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from training.models.version import COUNT_ROWS, read_version
 from training.online.actor import OnlineTrainer, running_trainer
+from training.online.learner import CONSUMER
 
 KILLS = 5
 PATIENCE_S = 30.0
@@ -115,3 +116,39 @@ def test_a_recipe_that_turns_online_training_off_starts_nothing(build_home):
         assert trainer is None
     with contextlib.closing(EventLog(tiny.home.log)) as log:
         assert log.head_seq() == 0
+
+
+def test_it_waits_while_a_version_that_does_not_learn_is_promoted_and_loses_nothing_of_that_time(
+    ray_cluster, build_home, publish_classical
+):
+    tiny = build_home()
+    with EventLog(tiny.home.log) as log, running_trainer(tiny.recipe, tiny.home) as trainer:
+        status = lambda: ray.get(trainer.status.remote())  # noqa: E731
+        seed(log, tiny)
+        log.append(tiny.live_events(20))
+        wait_for(lambda: learned_seq(tiny) == 20)
+        learned = tiny.registry.current()
+        ease = publish_classical(tiny.registry)
+        wait_for(lambda: not status()["learns"])
+        log.append(tiny.live_events(30, first=20))
+        assert {status()[name] for name in ("version", "lag_events")} == {str(ease), 0}
+        assert log.committed_offset(CONSUMER) == status()["applied_seq"] == 0  # version 1 has learned nothing of it
+        tiny.registry.promote(learned, "it learns")
+        wait_for(lambda: learned_seq(tiny) == 50)
+        assert status()["learns"]
+        assert sum(m.metrics["events"] for m in tiny.registry.deltas(1)) == 50
+        assert not any("rolled_back_to" in m.metrics for m in tiny.registry.versions())
+
+
+def test_it_starts_and_waits_where_a_version_that_does_not_learn_is_promoted(
+    ray_cluster, build_home, publish_classical
+):
+    tiny = build_home()
+    publish_classical(tiny.registry)
+    with EventLog(tiny.home.log) as log, running_trainer(tiny.recipe, tiny.home) as trainer:
+        seed(log, tiny)
+        log.append(tiny.live_events(20))
+        assert not ray.get(trainer.status.remote())["learns"]
+        assert ray.get(trainer.status.remote())["version"] == "2.0"
+        tiny.registry.promote(VersionRef(1), "it learns")
+        wait_for(lambda: learned_seq(tiny) == 20)

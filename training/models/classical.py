@@ -1,0 +1,130 @@
+"""A version of a classical system resident in memory, ready to answer; and which resident a version becomes.
+
+In:  a user's history and a number.  Out: every item scored by what the user has now; neighbours of an item by text.
+Knows nothing of HTTP, logs or policies. Nothing is learned while it serves: a click counts because the next request is
+answered from the history with it.
+
+Who was not fitted on is served from their history like everyone else. Two systems also have something of each user that
+they were fitted on: user neighbours, that nobody is their own neighbour; BPR, factors, which move with the history.
+
+An item put after training is recommended where the system can tell from its text where it belongs: content, and hybrids
+with content. In the others it is known, by `similar` too, but nobody has had it, so that it is not recommended.
+
+Shapes: I items, B users that are scored, of whom there is one here, E encoder dimension.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from cluster.log import Interaction
+from cluster.registry import Registry, VersionRef
+from training.baselines.config import SystemConfig, build_system
+from training.baselines.content import Content
+from training.baselines.hybrid import Hybrid
+from training.baselines.interface import UNKNOWN, Recommender, seen_matrix
+from training.models.resident import Candidates, Catalogue, Put, Resident, index_ids, lay_over
+from training.models.served import ServedModel
+from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState, grow_rows, log_popularity, read_version
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots, as its base
+class ServedClassical(Catalogue):
+    """One version's answers. Build it with `build`, `with_state` and `with_items`."""
+
+    config: SystemConfig
+    fitted: Recommender
+    system: Recommender
+    """`fitted`, or what of it also places the items that were put."""
+    text_IE: torch.Tensor
+    user_row: dict[str, int]
+
+    @classmethod
+    def build(cls, state: VersionState, put: Put, resident: "ServedClassical | None" = None) -> "ServedClassical":
+        """Compute what answering needs from a version's arrays and the items put since."""
+        config = state.recipe.section(SystemConfig)
+        item_row = index_ids(state.item_ids, resident and (resident.state.item_ids, resident.item_row))
+        put, item_ids, index_of = lay_over(state, item_row, put)
+        text_IE, count_I = state.rows[TEXT_ROWS], state.rows[COUNT_ROWS]
+        if resident is not None and resident.state is state:
+            system = fitted = resident.fitted
+        else:
+            arrays = {name: tensor.numpy() for name, tensor in state.system.items()}
+            system = fitted = build_system(state.recipe, config.name, text_IE.numpy()).restore(arrays)
+        if put:
+            text_IE = grow_rows(text_IE, len(item_ids))
+            for item_id, (_, vector) in put.items():
+                text_IE[index_of[item_id]] = torch.tensor(vector)
+            placed = fitted.placed(text_IE.numpy()) if isinstance(fitted, Content | Hybrid) else None
+            if placed is not None:
+                system, count_I = placed, grow_rows(count_I, len(item_ids))
+        return cls(
+            state=state,
+            put=put,
+            item_ids=item_ids,
+            index_of=index_of,
+            item_row=item_row,
+            popularity_I=log_popularity(count_I),
+            config=config,
+            fitted=fitted,
+            system=system,
+            text_IE=text_IE,
+            user_row=index_ids(state.user_ids, resident and (resident.state.user_ids, resident.user_row)),
+        )
+
+    def with_state(self, state: VersionState) -> "ServedClassical":
+        """Return it of another state; items put since stay."""
+        return ServedClassical.build(state, self.put, self)
+
+    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedClassical":
+        """Return it with these (id, text) items known, or read anew where it knows them."""
+        new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
+        return ServedClassical.build(self.state, {**self.put, **new}, self)
+
+    @property
+    def max_history(self) -> int:
+        """Interactions it looks back on."""
+        return self.config.max_history
+
+    def recommend(
+        self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
+    ) -> Candidates:
+        """Return up to `k` items, best first, without those excluded."""
+        known = self._rows([entry.item_id for entry in history])[-self.max_history :]
+        excluded = self._rows(exclude)
+        if not known:
+            return self.popular(k, excluded)
+        seen_BI = seen_matrix(np.zeros(len(known), np.int64), np.array(known), 1, self.item_count)
+        scores_BI = self.system.scores(seen_BI, np.array([self.user_row.get(user_id, UNKNOWN)]))
+        return self.best(scores_BI[0], k, excluded, cold_start=False)
+
+    @cached_property
+    def unit_vectors(self) -> torch.Tensor:
+        """Text vectors [I, E] of length 1, computed when neighbours are first asked for."""
+        return torch.nn.functional.normalize(self.text_IE, dim=1)
+
+    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
+        """Return the `k` items told most alike, by cosine, best first. Raises `KeyError` for an unknown item."""
+        index = self.index_of[item_id]
+        return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
+
+    def _rows(self, item_ids: Sequence[str] | frozenset[str]) -> list[int]:
+        """Return the rows of those items that can be recommended."""
+        rows = (self.index_of.get(item_id) for item_id in item_ids)
+        return [row for row in rows if row is not None and row < self.item_count]
+
+
+def build_resident(state: VersionState, put: Put, resident: Resident | None = None) -> Resident:
+    """Return the version as a resident of its kind; what a `resident` of its kind has of the same content is shared."""
+    if state.dense:
+        return ServedModel.build(state, put, resident if isinstance(resident, ServedModel) else None)
+    return ServedClassical.build(state, put, resident if isinstance(resident, ServedClassical) else None)
+
+
+def load_resident(registry: Registry, ref: VersionRef, resident: Resident | None = None) -> Resident:
+    """Read and verify a version with its deltas. Raises `CorruptVersionError` or `RegistryError`."""
+    state = read_version(registry, ref, resident=resident.state if resident else None)
+    return build_resident(state, {}, resident)

@@ -1,0 +1,183 @@
+"""What serving asks of a version resident in memory, whatever recommends in it, and what such versions have in common.
+
+In:  a version's state and the items put since.  Out: its catalogue: ids, texts, what is popular.
+Knows nothing of how users' candidates are found: served.py does that with the two-stage model, classical.py with a
+classical system. Immutable: a delta or a new item makes another one, and whoever serves swaps one reference.
+
+Shapes: I items, N items put, E encoder dimension.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+from cluster.log import Interaction
+from training.models.version import TEXT_ROWS, VersionState
+
+Put = Mapping[str, tuple[str, np.ndarray]]
+"""Items put while serving: id to text and encoder vector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Items for a user, best first."""
+
+    item_ids: list[str]
+    scores: np.ndarray
+    """Click logits or a system's own scores, or log popularity for a cold start."""
+    cold_start: bool
+    """Whether nothing the user did could be used."""
+
+
+class Resident(Protocol):
+    """A version that answers."""
+
+    @property
+    def state(self) -> VersionState:
+        """What it was read from."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The version with its delta, such as 1.37."""
+        ...
+
+    @property
+    def learned_seq(self) -> int:
+        """Newest event of the log that it has learned."""
+        ...
+
+    @property
+    def max_history(self) -> int:
+        """Interactions it looks back on."""
+        ...
+
+    @property
+    def item_count(self) -> int:
+        """Items it can recommend."""
+        ...
+
+    @property
+    def item_row(self) -> Mapping[str, int]:
+        """Row of each item that the version holds, without those put since."""
+        ...
+
+    def knows(self, item_id: str) -> bool:
+        """Whether it was trained on the item, or the item was put since."""
+        ...
+
+    def text_of(self, item_id: str) -> str | None:
+        """Return the item's text, or none for an unknown item."""
+        ...
+
+    def recommend(
+        self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
+    ) -> Candidates:
+        """Return up to `k` items, best first, without those excluded."""
+        ...
+
+    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
+        """Return the `k` nearest items, best first. Raises `KeyError` for an unknown item."""
+        ...
+
+    def with_state(self, state: VersionState) -> Self:
+        """Return it in another state, such as after deltas; items put since stay."""
+        ...
+
+    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> Self:
+        """Return it with these (id, text) items known, or read anew where it knows them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots, which leave no room for what is computed when it is asked for
+class Catalogue:
+    """A version's items, with those put since laid over."""
+
+    state: VersionState
+    put: Put
+    """Items put that the version does not hold so; those without a row come last, in this order."""
+    item_ids: list[str]
+    index_of: dict[str, int]
+    item_row: dict[str, int]
+    """`index_of` less what was put."""
+    popularity_I: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The version with its delta, such as 1.37."""
+        return str(self.state.ref)
+
+    @property
+    def learned_seq(self) -> int:
+        """Newest event of the log that the weights have learned."""
+        return self.state.learned_seq
+
+    @property
+    def item_count(self) -> int:
+        """Items it can recommend."""
+        return len(self.popularity_I)
+
+    def knows(self, item_id: str) -> bool:
+        """Whether it was trained on the item, or the item was put since."""
+        return item_id in self.index_of
+
+    def text_of(self, item_id: str) -> str | None:
+        """Return the item's text, or none for an unknown item."""
+        if item_id in self.put:
+            return self.put[item_id][0]
+        index = self.index_of.get(item_id)
+        return self.state.item_texts[index] if index is not None else None
+
+    def popular(self, k: int, excluded: Sequence[int]) -> Candidates:
+        """Return what a user of whom nothing is known is shown."""
+        return self.best(self.popularity_I.copy(), k, excluded, cold_start=True)
+
+    def best(self, scores_I: np.ndarray, k: int, excluded: Sequence[int], *, cold_start: bool) -> Candidates:
+        """Return the `k` items with the highest scores, of equals the first; overwrites the scores."""
+        scores_I[excluded] = -np.inf
+        chosen = np.arange(len(scores_I))
+        if k < len(scores_I):
+            chosen = np.flatnonzero(scores_I >= np.partition(scores_I, -k)[-k])
+        best = chosen[np.argsort(-scores_I[chosen], kind="stable")[:k]]
+        best = best[np.isfinite(scores_I[best])]
+        return Candidates(item_ids=[self.item_ids[i] for i in best], scores=scores_I[best], cold_start=cold_start)
+
+    def nearest(self, cosine_I: np.ndarray, index: int, k: int) -> list[tuple[str, float]]:
+        """Return the `k` items with the highest cosines, without the one of this index; overwrites the cosines."""
+        found = self.best(cosine_I, k, [index], cold_start=False)
+        return list(zip(found.item_ids, found.scores.tolist(), strict=True))
+
+
+def lay_over(state: VersionState, item_row: dict[str, int], put: Put) -> tuple[Put, list[str], dict[str, int]]:
+    """Return what was put and the version does not hold so, all ids, and each one's place."""
+    put = {item_id: item for item_id, item in put.items() if not _is_held(state, item_row.get(item_id), *item)}
+    new_ids = [item_id for item_id in put if item_id not in item_row]
+    if not new_ids:
+        return put, state.item_ids, item_row
+    places = {item_id: len(item_row) + position for position, item_id in enumerate(new_ids)}
+    return put, [*state.item_ids, *new_ids], item_row | places
+
+
+def index_ids(ids: list[str], resident: tuple[list[str], dict[str, int]] | None) -> dict[str, int]:
+    """Return each id's place in the list; of a resident list and its index, that index with what differs made good."""
+    if resident is None or len(ids) < len(resident[0]):
+        return {item_id: place for place, item_id in enumerate(ids)}
+    before, index = resident
+    if ids == before:
+        return index
+    changed = [place for place, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other]
+    index = index.copy()
+    for place in changed:
+        del index[before[place]]
+    for place in (*changed, *range(len(before), len(ids))):
+        index[ids[place]] = place
+    return index
+
+
+def _is_held(state: VersionState, row: int | None, text: str, vector: np.ndarray) -> bool:
+    """Whether the version has learned of an item all that was put."""
+    if row is None or state.item_texts[row] != text:
+        return False
+    return np.array_equal(state.rows[TEXT_ROWS][row].numpy(), vector)
