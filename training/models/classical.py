@@ -26,7 +26,7 @@ from training.baselines.config import SystemConfig, build_system
 from training.baselines.content import Content
 from training.baselines.hybrid import Hybrid
 from training.baselines.interface import UNKNOWN, Recommender, seen_matrix
-from training.models.resident import Candidates, Catalogue, Put, Resident, index_ids, lay_over
+from training.models.resident import Candidates, Catalogue, Put, Resident, index_items, index_users, lay_over
 from training.models.served import ServedModel
 from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState, grow_rows, log_popularity, read_version
 
@@ -40,16 +40,15 @@ class ServedClassical(Catalogue):
     system: Recommender
     """`fitted`, or what of it also places the items that were put."""
     text_IE: torch.Tensor
-    user_row: dict[str, int]
 
     @classmethod
-    def build(cls, state: VersionState, put: Put, resident: "ServedClassical | None" = None) -> "ServedClassical":
+    def build(cls, state: VersionState, put: Put, resident: Resident | None = None) -> "ServedClassical":
         """Compute what answering needs from a version's arrays and the items put since."""
         config = state.recipe.section(SystemConfig)
-        item_row = index_ids(state.item_ids, resident and (resident.state.item_ids, resident.item_row))
+        item_row = index_items(state, resident)
         put, item_ids, index_of = lay_over(state, item_row, put)
         text_IE, count_I = state.rows[TEXT_ROWS], state.rows[COUNT_ROWS]
-        if resident is not None and resident.state is state:
+        if isinstance(resident, ServedClassical) and resident.state is state:
             system = fitted = resident.fitted
         else:
             arrays = {name: tensor.numpy() for name, tensor in state.system.items()}
@@ -72,7 +71,7 @@ class ServedClassical(Catalogue):
             fitted=fitted,
             system=system,
             text_IE=text_IE,
-            user_row=index_ids(state.user_ids, resident and (resident.state.user_ids, resident.user_row)),
+            user_row=index_users(state, resident),
         )
 
     def with_state(self, state: VersionState) -> "ServedClassical":
@@ -118,10 +117,8 @@ class ServedClassical(Catalogue):
 
 
 def build_resident(state: VersionState, put: Put, resident: Resident | None = None) -> Resident:
-    """Return the version as a resident of its kind; what a `resident` of its kind has of the same content is shared."""
-    if state.dense:
-        return ServedModel.build(state, put, resident if isinstance(resident, ServedModel) else None)
-    return ServedClassical.build(state, put, resident if isinstance(resident, ServedClassical) else None)
+    """Return the version as a resident of its kind; what the `resident` has of the same content is shared with it."""
+    return (ServedModel if state.dense else ServedClassical).build(state, put, resident)
 
 
 def load_resident(registry: Registry, ref: VersionRef, resident: Resident | None = None) -> Resident:

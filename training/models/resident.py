@@ -9,7 +9,7 @@ Shapes: I items, N items put, E encoder dimension.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 
@@ -60,8 +60,13 @@ class Resident(Protocol):
         ...
 
     @property
-    def item_row(self) -> Mapping[str, int]:
+    def item_row(self) -> dict[str, int]:
         """Row of each item that the version holds, without those put since."""
+        ...
+
+    @property
+    def user_row(self) -> dict[str, int]:
+        """Row of each user that the version holds."""
         ...
 
     def knows(self, item_id: str) -> bool:
@@ -82,11 +87,11 @@ class Resident(Protocol):
         """Return the `k` nearest items, best first. Raises `KeyError` for an unknown item."""
         ...
 
-    def with_state(self, state: VersionState) -> Self:
+    def with_state(self, state: VersionState) -> "Resident":
         """Return it in another state, such as after deltas; items put since stay."""
         ...
 
-    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> Self:
+    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "Resident":
         """Return it with these (id, text) items known, or read anew where it knows them."""
         ...
 
@@ -102,6 +107,7 @@ class Catalogue:
     index_of: dict[str, int]
     item_row: dict[str, int]
     """`index_of` less what was put."""
+    user_row: dict[str, int]
     popularity_I: np.ndarray
 
     @property
@@ -150,6 +156,16 @@ class Catalogue:
         return list(zip(found.item_ids, found.scores.tolist(), strict=True))
 
 
+def index_items(state: VersionState, resident: Resident | None) -> dict[str, int]:
+    """Return the row of each of the version's items."""
+    return _index(state.item_ids, (resident.state.item_ids, resident.item_row) if resident else None)
+
+
+def index_users(state: VersionState, resident: Resident | None) -> dict[str, int]:
+    """Return the row of each of the version's users."""
+    return _index(state.user_ids, (resident.state.user_ids, resident.user_row) if resident else None)
+
+
 def lay_over(state: VersionState, item_row: dict[str, int], put: Put) -> tuple[Put, list[str], dict[str, int]]:
     """Return what was put and the version does not hold so, all ids, and each one's place."""
     put = {item_id: item for item_id, item in put.items() if not _is_held(state, item_row.get(item_id), *item)}
@@ -160,7 +176,7 @@ def lay_over(state: VersionState, item_row: dict[str, int], put: Put) -> tuple[P
     return put, [*state.item_ids, *new_ids], item_row | places
 
 
-def index_ids(ids: list[str], resident: tuple[list[str], dict[str, int]] | None) -> dict[str, int]:
+def _index(ids: list[str], resident: tuple[list[str], dict[str, int]] | None) -> dict[str, int]:
     """Return each id's place in the list; of a resident list and its index, that index with what differs made good."""
     if resident is None or len(ids) < len(resident[0]):
         return {item_id: place for place, item_id in enumerate(ids)}

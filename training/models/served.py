@@ -26,7 +26,7 @@ from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
-from training.models.resident import Candidates, Catalogue, Put, index_ids, lay_over
+from training.models.resident import Candidates, Catalogue, Put, Resident, index_items, index_users, lay_over
 from training.models.seen import seen_correction
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
@@ -50,10 +50,9 @@ class ServedModel(Catalogue):
 
     dense: TwoStage
     item_ID: torch.Tensor
-    user_row: dict[str, int]
 
     @classmethod
-    def load(cls, registry: Registry, ref: VersionRef, resident: "ServedModel | None" = None) -> "ServedModel":
+    def load(cls, registry: Registry, ref: VersionRef, resident: Resident | None = None) -> "ServedModel":
         """Read and verify a version with its deltas. Raises `CorruptVersionError` or `RegistryError`.
 
         What the `resident` model has of the same content is shared with it, and neither read nor built again.
@@ -64,9 +63,9 @@ class ServedModel(Catalogue):
         return cls.build(state, {}, resident)
 
     @classmethod
-    def build(cls, state: VersionState, put: Put, resident: "ServedModel | None" = None) -> "ServedModel":
+    def build(cls, state: VersionState, put: Put, resident: Resident | None = None) -> "ServedModel":
         """Compute what answering needs from a version's tensors and the items put since, as far as nobody has yet."""
-        item_row = index_ids(state.item_ids, resident and (resident.state.item_ids, resident.item_row))
+        item_row = index_items(state, resident)
         put, item_ids, index_of = lay_over(state, item_row, put)
         row_ID, text_IE, count_I = (state.rows[name] for name in (ITEM_ROWS, TEXT_ROWS, COUNT_ROWS))
         if put:
@@ -85,7 +84,7 @@ class ServedModel(Catalogue):
             item_row=item_row,
             item_ID=item_ID,
             popularity_I=log_popularity(count_I),
-            user_row=index_ids(state.user_ids, resident and (resident.state.user_ids, resident.user_row)),
+            user_row=index_users(state, resident),
         )
 
     def with_delta(self, reader: VersionReader) -> "ServedModel":
@@ -155,9 +154,9 @@ class ServedModel(Catalogue):
         return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
 
 
-def _build_dense(state: VersionState, resident: ServedModel | None) -> TwoStage:
+def _build_dense(state: VersionState, resident: Resident | None) -> TwoStage:
     config = state.recipe.section(ModelConfig)
-    if resident is not None and config == resident.dense.config:
+    if isinstance(resident, ServedModel) and config == resident.dense.config:
         if state.dense is resident.state.dense:
             return resident.dense
         shapes = {name: parameter.shape for name, parameter in resident.dense.named_parameters()}

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_log, open_registry
-from cluster.errors import ConfigError, RegistryError
+from cluster.errors import ConfigError, NothingToLearnError, RegistryError
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.log.retention import LogConfig
-from cluster.manifest import VersionRef
+from cluster.manifest import TWO_STAGE, VersionRef
 from cluster.output import Result
 from cluster.registry import Registry
 from training.online.exclusions import Exclusions
@@ -51,9 +51,11 @@ def publish_without(
     """Publish and promote the newest state from before the first event to undo, which states what to leave out.
 
     Raises `ConfigError` for a range that is none and for a user without an event that was learned, `RegistryError`
-    when nothing from before is left.
+    when nothing from before is left or the promoted version does not learn.
     """
     current = registry.manifest(registry.current())
+    if current.system != TWO_STAGE:
+        raise NothingToLearnError(f"{current.ref}: is of {current.system}, so that there is nothing to undo")
     if backwards := [f"{first}..{last}" for first, last in ranges if not 1 <= first <= last]:
         raise ConfigError(f"--without-seqs {backwards[0]}: give the first and the last sequence number, from 1")
     firsts = _first_events(log, users, current.last_seq)

@@ -123,7 +123,10 @@ def test_it_waits_while_a_version_that_does_not_learn_is_promoted_and_loses_noth
 ):
     tiny = build_home()
     with EventLog(tiny.home.log) as log, running_trainer(tiny.recipe, tiny.home) as trainer:
-        status = lambda: ray.get(trainer.status.remote())  # noqa: E731
+
+        def status() -> dict:
+            return ray.get(trainer.status.remote())
+
         seed(log, tiny)
         log.append(tiny.live_events(20))
         wait_for(lambda: learned_seq(tiny) == 20)
@@ -140,9 +143,7 @@ def test_it_waits_while_a_version_that_does_not_learn_is_promoted_and_loses_noth
         assert not any("rolled_back_to" in m.metrics for m in tiny.registry.versions())
 
 
-def test_it_starts_and_waits_where_a_version_that_does_not_learn_is_promoted(
-    ray_cluster, build_home, publish_classical
-):
+def test_it_starts_and_waits_where_the_promoted_version_does_not_learn(ray_cluster, build_home, publish_classical):
     tiny = build_home()
     publish_classical(tiny.registry)
     with EventLog(tiny.home.log) as log, running_trainer(tiny.recipe, tiny.home) as trainer:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cluster.errors import ConfigError, RegistryError
+from cluster.errors import ConfigError, NothingToLearnError, RegistryError
 from cluster.log import EventLog
 from cluster.log.retention import LogConfig
 from cluster.manifest import VersionRef
@@ -158,3 +158,11 @@ def test_what_retention_has_dropped_is_not_undone_over(open_loop):
         with pytest.raises(RegistryError, match=rf"events 1 to {oldest - 1} are no longer in the log"):
             publish_without(tiny.registry, short, [(3, 4)], [])
         assert publish_without(tiny.registry, short, [(149, 150)], []) == tiny.registry.current()
+
+
+def test_where_nothing_was_learned_there_is_nothing_to_undo(open_loop, publish_classical):
+    tiny, log, _ = open_loop()
+    ref = publish_classical(tiny.registry)
+    with pytest.raises(NothingToLearnError, match="is of ease"):
+        publish_without(tiny.registry, log, [(1, 2)], [])
+    assert tiny.registry.current() == ref
