@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,35 @@ class TinyHome:
         return self.events(count, first=self.USERS * self.CLICKS + first)
 
 
+FITTED_USERS = 40
+
+
+def odd_and_even(items: int) -> list[tuple[int, int]]:
+    """Return users with items that each of them likes: even users twelve even items, odd users odd ones."""
+    rng = np.random.default_rng(0)
+    return [(u, item) for u in range(FITTED_USERS) for item in rng.permutation(np.arange(u % 2, items, 2))[:12]]
+
+
+def fitted_arrays(recipe: Recipe, name: str, text_IE: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a classical system learns of them."""
+    items = len(text_IE)
+    seen = seen_matrix(*np.array(odd_and_even(items)).T, FITTED_USERS, items)
+    system = build_system(recipe, name, text_IE.numpy()).fit(seen)
+    return {key: torch.from_numpy(array) for key, array in system.arrays().items()}
+
+
+@pytest.fixture(scope="session")
+def with_ease() -> Callable[..., VersionState]:
+    """Put EASE beside a two-stage version of items i0, i1, …: users like the even items or the odd ones."""
+
+    def put_beside(state: VersionState, weight: float) -> VersionState:
+        system = {"name": "two_stage", "blend": "ease", "blend_weight": weight}
+        recipe = replace(state.recipe, values={**state.recipe.values, "system": system, "ease": {"l2": 20.0}})
+        return replace(state, recipe=recipe, system=fitted_arrays(recipe, "ease", state.rows[TEXT_ROWS]))
+
+    return put_beside
+
+
 @pytest.fixture(scope="session")
 def publish_classical() -> Callable[..., VersionRef]:
     """Publish a classical system for items i0, i1, … as trained: users like the even items or the odd ones.
@@ -206,16 +236,11 @@ def publish_classical() -> Callable[..., VersionRef]:
     """
 
     def publish(registry: Registry, name: str = "ease", *, promote: bool = True) -> VersionRef:
-        items, users = TinyHome.ITEMS, 40
-        recipe = load_recipe("popularity", [f"system.name={name}", "ease.l2=20.0"])
+        items, recipe = TinyHome.ITEMS, load_recipe("popularity", [f"system.name={name}", "ease.l2=20.0"])
         text_IE = torch.nn.functional.normalize(torch.ones(items, TinyHome.TEXT_DIM), dim=1)
-        rng = np.random.default_rng(0)
-        pairs = [(u, item) for u in range(users) for item in rng.permutation(np.arange(u % 2, items, 2))[:12]]
-        seen = seen_matrix(*np.array(pairs).T, users, items)
-        system = build_system(recipe, name, text_IE.numpy()).fit(seen)
         events = [
             Event(event_id=f"c{n}", user_id=f"c{user}", item_id=f"i{item}", kind="click", ts_us=n)
-            for n, (user, item) in enumerate(pairs)
+            for n, (user, item) in enumerate(odd_and_even(items))
         ]
         state = VersionState(
             ref=VersionRef(0),
@@ -223,11 +248,11 @@ def publish_classical() -> Callable[..., VersionRef]:
             learned_seq=0,
             item_ids=[f"i{row}" for row in range(items)],
             item_texts=[f"film number {row}" for row in range(items)],
-            user_ids=[f"c{user}" for user in range(users)],
+            user_ids=[f"c{user}" for user in range(FITTED_USERS)],
             rows={TEXT_ROWS: text_IE, COUNT_ROWS: torch.arange(items, 0, -1)},
             dense={},
             optimizer={},
-            system={key: torch.from_numpy(array) for key, array in system.arrays().items()},
+            system=fitted_arrays(recipe, name, text_IE),
         )
         draft = registry.draft_version()
         write_version(draft, state, events_table(events))

@@ -1,10 +1,11 @@
-"""Fit a classical system, the way the two-stage model is trained: on the training share, validated, then on all of it.
+"""Fit a classical system the way the two-stage model is trained: on the training share, validated, then on all of it.
 
 In:  a dataset and a recipe whose `[system]` names one.  Out: a run folder: what was learned, its figures, run.json.
 Knows nothing of versions or serving. One process, without Ray: what takes too much memory is refused beforehand.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -19,11 +20,11 @@ from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.baselines.config import HybridConfig, SystemConfig, build_system, fitting_bytes
 from training.baselines.hybrid import Hybrid
-from training.baselines.interface import seen_matrix
-from training.evaluation.classical import NextItems, choose_weights
+from training.baselines.interface import Recommender, seen_matrix
+from training.evaluation.classical import NextItems, choose_weights, rank_classical
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
-from training.inputs import encode_items, load_inputs
-from training.run import SYSTEM_FILE, TEXT_FILE, TrainedRun, new_run
+from training.inputs import TrainingInputs, encode_items, load_inputs
+from training.run import SYSTEM_FILE, TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainedRun, new_run
 from training.stream import DataConfig, History
 
 GIB = 1 << 30
@@ -32,7 +33,7 @@ GIB = 1 << 30
 def fit_system(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     """Fit the recipe's system. Raises `ConfigError` where memory does not suffice, `DataError` for too little data."""
     config = recipe.section(SystemConfig)
-    _check_memory(recipe, config.name, dataset)
+    check_memory(recipe, dataset)
     folder = new_run(home, recipe)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
     np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
@@ -42,18 +43,17 @@ def fit_system(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     started_s = time.monotonic()
     seen_UI = _seen(inputs.train, sizes)
     system = build_system(recipe, config.name, np.asarray(inputs.text)).fit(seen_UI)
-    validation = NextItems(inputs.full, inputs.validation, seen_UI, items=sizes[1], max_history=config.max_history)
+    asked, is_fitted_U = next_items(inputs, inputs.validation, config), np.diff(seen_UI.indptr) > 0
     metrics: dict[str, float] = {}
     if isinstance(system, Hybrid):
         hybrid = recipe.section(HybridConfig)
         if not hybrid.weights:
-            if not len(validation):
+            if not len(asked):
                 raise DataError(f"{dataset.path}: has nothing to validate on; give hybrid.weights in the recipe")
-            choose_weights(system, validation)
+            choose_weights(system, asked, is_fitted_U)
         metrics |= {f"weight_{part}": weight for part, weight in zip(hybrid.parts, system.weights, strict=True)}
-    ranks = validation.ranks(system)
-    system.fit(_seen(inputs.full, sizes))
-    save_file({name: np.ascontiguousarray(array) for name, array in system.arrays().items()}, folder / SYSTEM_FILE)
+    ranks = rank_classical(system, asked, is_fitted_U)
+    _save(system.fit(_seen(inputs.full, sizes)), folder / SYSTEM_FILE)
     return TrainedRun.write(
         folder,
         dataset,
@@ -68,15 +68,38 @@ def fit_system(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     )
 
 
+def fit_beside(recipe: Recipe, inputs: TrainingInputs, folder: Path) -> None:
+    """Fit the system that a recipe blends with the two-stage model, for validation and for the version."""
+    name, sizes = recipe.section(SystemConfig).blend, (len(inputs.users), len(inputs.items))
+    if name is not None:
+        system = build_system(recipe, name, np.asarray(inputs.text))
+        _save(system.fit(_seen(inputs.train, sizes)), folder / VALIDATED_SYSTEM_FILE)
+        _save(system.fit(_seen(inputs.full, sizes)), folder / SYSTEM_FILE)
+
+
+def next_items(inputs: TrainingInputs, targets: np.ndarray, config: SystemConfig) -> NextItems:
+    """Return validation interactions as classical systems are asked for them."""
+    return NextItems(inputs.full, targets, items=len(inputs.items), max_history=config.max_history)
+
+
+def check_memory(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises `ConfigError` where fitting the recipe's classical system takes more memory than is free."""
+    config, users, items = recipe.section(SystemConfig), dataset.info.users, dataset.info.items
+    if config.classical is None:
+        return
+    needed, free = fitting_bytes(recipe, config.classical, users, items), free_memory()
+    if needed > free:
+        key = "name" if config.blend is None else "blend"
+        raise ConfigError(
+            f"system.{key}={config.classical}: fitting {items:,} items and {users:,} users takes about "
+            f"{needed / GIB:.1f} GiB and {free / GIB:.1f} are free; als and popularity take no more than their data, "
+            "item_neighbours little"
+        )
+
+
+def _save(system: Recommender, path: Path) -> None:
+    save_file({name: np.ascontiguousarray(array) for name, array in system.arrays().items()}, path)
+
+
 def _seen(history: History, sizes: tuple[int, int]) -> sparse.csr_array:
     return seen_matrix(history.user_row, history.item_row, *sizes)
-
-
-def _check_memory(recipe: Recipe, name: str, dataset: Dataset) -> None:
-    users, items = dataset.info.users, dataset.info.items
-    needed, free = fitting_bytes(recipe, name, users, items), free_memory()
-    if needed > free:
-        raise ConfigError(
-            f"system.name={name}: fitting {items:,} items and {users:,} users takes about {needed / GIB:.1f} GiB and "
-            f"{free / GIB:.1f} are free; als, bpr and popularity take no more than their data, item_neighbours little"
-        )

@@ -32,7 +32,7 @@ from training.models.version import (
     write_version,
 )
 from training.online.canary import begin_canary
-from training.run import TEXT_FILE, TrainedRun, latest_run, read_recipe
+from training.run import SYSTEM_FILE, TEXT_FILE, TrainedRun, latest_run, read_recipe
 from training.stream import DataConfig, build_history
 
 
@@ -78,13 +78,17 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         dense={},
         optimizer={},
     )
-    system = recipe.section(SystemConfig).name
+    config = recipe.section(SystemConfig)
     metrics: dict[str, Any] = dict(trained.metrics)  # Any: JSON
-    if system == TWO_STAGE:
+    if config.classical is not None:
+        state = replace(state, system=load_file(folder / SYSTEM_FILE))
+    if config.name == TWO_STAGE:
         state = _with_checkpoint(state, Path(trained.checkpoint))
     else:
-        state = replace(state, system=load_file(trained.checkpoint))
-        metrics[SYSTEM] = system
+        metrics[SYSTEM] = config.name
+    if config.blend is not None:  # by the weight that was chosen, where none was given
+        system = {**recipe.values["system"], "blend_weight": metrics["blend_weight"]}
+        state = replace(state, recipe=replace(recipe, values={**recipe.values, "system": system}))
     registry.prune()
     draft = registry.draft_version()
     write_version(draft, state, events)

@@ -28,7 +28,7 @@ from cluster.ray_session import ray_session
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.baselines.config import SystemConfig
-from training.classical import fit_system
+from training.classical import check_memory, fit_beside, fit_system
 from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
 from training.inputs import encode_items, load_inputs
@@ -62,12 +62,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     """Train within an open Ray session. Raises `EngineError` when the workers failed for good."""
+    check_memory(recipe, dataset)
 
-    def check(text_path: Path) -> None:
-        load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), text_path)
+    def prepare(folder: Path) -> None:
+        inputs = load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)
+        fit_beside(recipe, inputs, folder)
 
     config = recipe.section(TrainConfig)
-    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", config.final_epochs, check)
+    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", config.final_epochs, prepare)
 
 
 def train_ratings_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
@@ -76,10 +78,10 @@ def train_ratings_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> Traine
     Raises `DataError` where the dataset has no ratings, `EngineError` when the workers failed for good.
     """
 
-    def check(text_path: Path) -> None:
-        load_rating_inputs(dataset, recipe.section(RatingConfig), text_path)
+    def prepare(folder: Path) -> None:
+        load_rating_inputs(dataset, recipe.section(RatingConfig), folder / TEXT_FILE)
 
-    return _fit(recipe, dataset, home, "ratings", "training.ratings.worker:train_ratings", 0, check)
+    return _fit(recipe, dataset, home, "ratings", "training.ratings.worker:train_ratings", 0, prepare)
 
 
 def _fit(
@@ -89,13 +91,13 @@ def _fit(
     kind: str,
     train_function: str,
     final_epochs: int,
-    check: Callable[[Path], object],
+    prepare: Callable[[Path], object],
 ) -> TrainedRun:
-    """Train; `check` reads what the workers will, or says what is wrong with it, before any of them starts."""
+    """Train; `prepare` writes what else the workers read, or says what is wrong, before any of them starts."""
     folder = new_run(home, recipe, kind)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
     np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
-    check(folder / TEXT_FILE)
+    prepare(folder)
     config = recipe.section(TrainConfig)
     job = {"recipe": recipe.to_toml(), "dataset": str(Path(dataset.path).resolve()), "folder": str(folder)}
     with progress(config.epochs + final_epochs, "training", unit="epoch") as bar:

@@ -4,33 +4,40 @@ In:  the job: a recipe, a dataset folder, a run folder.  Out: checkpoints and me
 Knows nothing of the driver. Ray has set up the process group; torchrec is imported here, not on the driver.
 
     fit     epochs over the training interactions until validation NDCG@10 stops rising
+    blend   where the recipe says so: the weight of the classical system beside it that validates best
     final   the best epoch's state back, then a few epochs over the validation interactions as well
 """
 
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
+from safetensors.numpy import load_file
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from cluster.config import Recipe
 from cluster.dataset import load_dataset
 from cluster.errors import DataError
 from embeddings.tables import ITEM, USER, TablesConfig, gather_tables
+from training.baselines.config import SystemConfig, build_system
+from training.baselines.interface import UNKNOWN
 from training.checkpoint import load_checkpoint, save_checkpoint
+from training.classical import next_items
+from training.evaluation.classical import WEIGHTS
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
-from training.evaluation.next_item import Catalogue, rank_next_items
+from training.evaluation.next_item import Catalogue, rank_blended, rank_next_items
 from training.inputs import TrainingInputs, load_inputs
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig
-from training.run import METRICS_FILE, TEXT_FILE, TrainConfig, learning_rate
+from training.run import METRICS_FILE, TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
 from training.stream import DataConfig, count_batches, stream_batches
 
@@ -51,6 +58,8 @@ class Progress:
     best_ndcg_at_10: float = -1.0
     final_epochs: int = 0
     """Final epochs already done."""
+    blended: dict[str, float] = field(default_factory=dict)
+    """The weight of the classical system beside the model, and what they come to together; empty without one."""
 
     def is_final(self, config: TrainConfig) -> bool:
         """Whether the fit is over: out of epochs or out of patience."""
@@ -85,6 +94,7 @@ def train_worker(job: dict[str, str]) -> None:
             report(metrics, model, optimizers, progress)
         if progress.final_epochs == 0:
             load_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
+            progress.blended = choose_blend(model, inputs, recipe, folder)
         while progress.final_epochs < config.final_epochs:
             metrics = train_epoch(model, optimizers, inputs, recipe, progress)
             progress.final_epochs += 1
@@ -140,19 +150,53 @@ def train_epoch(
 
 def validate(model: "DistributedModelParallel", inputs: TrainingInputs) -> dict[str, float]:
     """Collective. Return Hit@10 and NDCG@10 over the validation interactions, each worker ranking its share."""
+    dense, catalogue = dense_part(model), gather_catalogue(model, inputs)
+    mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
+    hit, ndcg = _mean_figures(rank_next_items(dense, catalogue, inputs.full, mine)[None], catalogue.item_ID.device)[0]
+    return {"hit_at_10": hit, "ndcg_at_10": ndcg}
+
+
+def choose_blend(
+    model: "DistributedModelParallel", inputs: TrainingInputs, recipe: Recipe, folder: Path
+) -> dict[str, float]:
+    """Collective. Return the weight of the classical system beside the model that validates best, and its figures."""
+    config = recipe.section(SystemConfig)
+    if config.blend is None:
+        return {}
+    weights = WEIGHTS if config.blend_weight is None else (config.blend_weight,)
+    arrays = load_file(folder / VALIDATED_SYSTEM_FILE)
+    system = build_system(recipe, config.blend, np.asarray(inputs.text)).restore(arrays)
+    mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
+    asked = next_items(inputs, mine, config)
+
+    def classical(chosen: np.ndarray) -> np.ndarray:
+        return system.scores(asked.seen(chosen), np.full(len(chosen), UNKNOWN))
+
+    dense, catalogue = dense_part(model), gather_catalogue(model, inputs)
+    ranks_WN = rank_blended(dense, catalogue, inputs.full, mine, classical, weights)
+    figures = _mean_figures(ranks_WN, catalogue.item_ID.device)
+    best = max(range(len(weights)), key=lambda tried: figures[tried][1])
+    hit, ndcg = figures[best]
+    return {"blend_weight": weights[best], "blended_hit_at_10": hit, "blended_ndcg_at_10": ndcg}
+
+
+def gather_catalogue(model: "DistributedModelParallel", inputs: TrainingInputs) -> Catalogue:
+    """Collective. Return the whole tables of a model in evaluation mode."""
     dense = dense_part(model)
     device = next(dense.parameters()).device
     whole = gather_tables(model, [ITEM, USER])
     with torch.inference_mode():
         rows_ID, text_IE = whole[ITEM][: len(inputs.items)], torch.tensor(inputs.text)
         item_ID = dense.eval().item_vectors(rows_ID.to(device), text_IE.to(device))
-    catalogue = Catalogue(item_ID=item_ID, user_UD=whole[USER].to(device))
-    mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
-    ranks = rank_next_items(dense, catalogue, inputs.full, mine)
-    sums = torch.tensor([hit_at_k(ranks, 10).sum(), ndcg_at_k(ranks, 10).sum(), len(ranks)], device=device)
-    dist.all_reduce(sums)  # collective
-    hits, gain, count = sums.tolist()
-    return {"hit_at_10": hits / max(count, 1), "ndcg_at_10": gain / max(count, 1)}
+    return Catalogue(item_ID=item_ID, user_UD=whole[USER].to(device))
+
+
+def _mean_figures(ranks_WN: np.ndarray, device: torch.device) -> list[tuple[float, float]]:
+    """Collective. Return Hit@10 and NDCG@10 of each row of ranks, over those of all workers."""
+    sums = [(hit_at_k(ranks_N, 10).sum(), ndcg_at_k(ranks_N, 10).sum(), len(ranks_N)) for ranks_N in ranks_WN]
+    sums_W3 = torch.tensor(sums, device=device)
+    dist.all_reduce(sums_W3)  # collective
+    return [(hits / max(count, 1), gain / max(count, 1)) for hits, gain, count in sums_W3.tolist()]
 
 
 def resume(model: "DistributedModelParallel", optimizers: Optimizers) -> Progress:
@@ -175,7 +219,10 @@ def report(
         if dist.get_rank() == 0:
             (Path(folder) / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
         ray.train.report(
-            metrics | {f"best_{name}": value for name, value in best.items()} | {"best_epoch": progress.best_epoch},
+            metrics
+            | {f"best_{name}": value for name, value in best.items()}
+            | {"best_epoch": progress.best_epoch}
+            | progress.blended,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
         )
 

@@ -165,7 +165,7 @@ def test_one_by_one_they_get_what_they_get_as_a_batch(model):
     rows = [[model.item_row[entry.item_id] for entry in entries] for entries in told]
     seen = seen_matrix(np.repeat(np.arange(USERS), 7), np.concatenate(rows), USERS, ITEMS)
     user_rows = np.array([model.user_row.get(f"u{user}", UNKNOWN) for user in range(USERS)])
-    together = model.system.scores(seen, user_rows)
+    together = model.classical.system.scores(seen, user_rows)
     for user in range(USERS):
         alone = model.recommend(f"u{user}", told[user], ITEMS)
         of_item = dict(zip(alone.item_ids, alone.scores, strict=True))
@@ -204,7 +204,7 @@ def test_an_item_put_is_known_and_recommended_where_its_text_can_place_it(model)
     assert put.text_of("new") == TEXTS[1]
     assert put.similar("new", 3)[0][1] == pytest.approx(1.0)
     assert colours([item_id for item_id, _ in put.similar("new", 3)]) == {1}
-    places = model.config.name in ("content", HYBRID)
+    places = model.state.recipe.section(SystemConfig).name in ("content", HYBRID)
     assert put.item_count == ITEMS + places
     for told in ([], history(1, 3)):
         found = put.recommend("u1", told, 1_000)
@@ -238,7 +238,7 @@ def test_similar_items_are_told_alike_nearest_first_without_the_item_itself(mode
 def test_a_version_is_tensors_tables_and_its_recipe_and_loads_to_the_same_answers(model, registry):
     reader = registry.open_version(model.state.ref.version)
     assert {Path(name).suffix for name in reader.manifest.files} == {".safetensors", ".parquet", ".toml"}
-    assert reader.manifest.system == model.config.name
+    assert reader.manifest.system == model.state.recipe.section(SystemConfig).name
     again = load_resident(registry, model.state.ref)
     for user in range(4):
         one, other = (m.recommend(f"u{user}", met(user), ITEMS) for m in (model, again))
@@ -327,6 +327,8 @@ def test_what_takes_more_memory_than_is_free_is_refused_with_the_figure(dataset,
         "bpr.iterations=0",
         'hybrid.parts=["ease"]',
         "hybrid.weights=[1.0]",
+        "system.blend=als",  # beside EASE
+        "system.blend_weight=1.0",
     ],
 )
 def test_settings_that_are_unknown_or_out_of_range_are_refused(override):

@@ -1,10 +1,12 @@
 """Batch training by two real Ray Train workers, on a checkerboard."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster.config import Recipe
@@ -13,9 +15,13 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.checkpoint import read_checkpoint
+from training.evaluation.classical import WEIGHTS
 from training.inputs import encode_items
 from training.models.served import ServedModel
+from training.models.version import COUNT_ROWS
+from training.publish import publish_run
 from training.run import METRICS_FILE, RECIPE_FILE, TEXT_FILE, TrainConfig, TrainedRun, learning_rate
+from training.trainer import train_on_ray
 from training.worker import Progress
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the run, half a minute on idle cores
@@ -109,3 +115,22 @@ def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(ConfigError, match=rf"train\.{name}={value}"):
         TrainConfig(**setting)
+
+
+def test_a_system_beside_it_is_fitted_too_and_blended_by_the_weight_that_validates_best(board, tmp_path: Path) -> None:
+    beside = {"system": {"blend": "ease"}, "ease": {"l2": 10.0}}
+    recipe = replace(board.recipe, values={**board.recipe.values, **beside})
+    trained = train_on_ray(recipe, board.dataset, board.home)
+    assert trained.metrics["blend_weight"] in WEIGHTS
+    assert trained.metrics["blended_ndcg_at_10"] >= trained.metrics["best_ndcg_at_10"]
+    registry = Registry(tmp_path)
+    ref = publish_run(trained, registry)
+    model = ServedModel.load(registry, ref)
+    assert model.blend_weight == trained.metrics["blend_weight"]
+    assert registry.manifest(ref).system == "two_stage"
+    counted = model.state.rows[COUNT_ROWS].float()
+    assert torch.equal(model.state.system["popularity"], counted), (
+        "what is served is fitted on the validation share too"
+    )
+    met = board.met(0)
+    assert model.recommend("u0", met, 1, frozenset(entry.item_id for entry in met)).item_ids == [board.withheld(0)]

@@ -35,10 +35,24 @@ class SystemConfig:
     """The two-stage model, trained on Ray and learning while it serves, or a classical system, fitted once."""
     max_history: int = 1_000
     """Newest interactions of a user that a classical system scores."""
+    blend: Literal["popularity", "item_neighbours", "content", "als", "ease"] | None = None
+    """A classical system whose scores are added to the two-stage model's; one that holds nothing of single users, whose
+    rows change hands as the model learns."""
+    blend_weight: float | None = None
+    """By how much; where none is given it is chosen on the validation interactions."""
 
     def __post_init__(self) -> None:
         if self.max_history < 1:
             raise ConfigError(f"system.max_history={self.max_history}: must be at least 1")
+        if self.blend is not None and self.name != TWO_STAGE:
+            raise ConfigError(f"system.blend={self.blend}: goes with system.name={TWO_STAGE}; see [hybrid] for others")
+        if self.blend_weight is not None and (self.blend is None or self.blend_weight < 0):
+            raise ConfigError(f"system.blend_weight={self.blend_weight}: must be 0 or more, and system.blend be given")
+
+    @property
+    def classical(self) -> str | None:
+        """The classical system that recommends, alone or beside the two-stage model; none where there is none."""
+        return self.blend if self.name == TWO_STAGE else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

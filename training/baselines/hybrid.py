@@ -22,31 +22,26 @@ class Hybrid:
         if not parts or len(parts) != len(weights):
             raise ConfigError(f"hybrid: {len(parts)} systems and {len(weights)} weights; each system needs one")
         self.parts, self.weights = list(parts), list(weights)
-        self._known: list[int | None] = [None] * len(parts)
-        """How many of the items, the first ones, each part knows; none for all."""
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Fit every part."""
         for part in self.parts:
             part.fit(seen_UI)
-        return self
+        return self._count()
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Add up the parts' standardised scores; of an item that it does not know, a part says 0, which is its mean."""
-        parts = zip(self.parts, self.weights, self._known, strict=True)
-        weighted = [w * standardised(part.scores(seen_BI[:, :known], user_row_B)) for part, w, known in parts]
-        items = max(scores_BI.shape[1] for scores_BI in weighted)
-        return np.stack([np.pad(scores, ((0, 0), (0, items - scores.shape[1]))) for scores in weighted]).sum(0)
+        items = max(len(part.popularity_I) for part in self.parts)
+        parts = zip(self.parts, self.weights, strict=True)
+        return np.stack([weight * known_scores(part, seen_BI, user_row_B, items) for part, weight in parts]).sum(0)
 
-    def placed(self, vector_IE: np.ndarray) -> "Hybrid | None":
-        """Return it for a catalogue told so, as `Content.placed`; none where no part places items by what is told."""
-        parts = [part.placed(vector_IE) if isinstance(part, Content) else part for part in self.parts]
-        contents = [part for part in self.parts if isinstance(part, Content)]
-        if not contents:
-            return None
-        model = Hybrid(parts, self.weights)
-        model._known = [None if isinstance(part, Content) else len(contents[0].popularity_I) for part in parts]
-        return model
+    def placed(self, vector_IE: np.ndarray) -> "Hybrid":
+        """Return it for a catalogue told so, as `Content.placed`."""
+        return Hybrid([placed(part, vector_IE) for part in self.parts], self.weights)._count()
+
+    def _count(self) -> Self:
+        self.popularity_I = max((part.popularity_I for part in self.parts), key=len)
+        return self
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return every part's arrays, numbered."""
@@ -59,7 +54,19 @@ class Hybrid:
         for number, part in enumerate(self.parts):
             prefix = f"{number}."
             part.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
-        return self
+        return self._count()
+
+
+def placed(system: Recommender, vector_IE: np.ndarray) -> Recommender:
+    """Return a system for a catalogue told so, as far as it places items by what is told; else as it is."""
+    return system.placed(vector_IE) if isinstance(system, Content | Hybrid) else system
+
+
+def known_scores(system: Recommender, seen_BI: sparse.csr_array, user_row_B: IntArray, items: int) -> Scores:
+    """Return standardised scores of so many items, the first of which the system knows; 0 of those it does not."""
+    known = len(system.popularity_I)
+    scores_BI = standardised(system.scores(seen_BI[:, :known], user_row_B))
+    return np.pad(scores_BI, ((0, 0), (0, items - known)))
 
 
 def standardised(scores_BI: Scores) -> Scores:

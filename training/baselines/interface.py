@@ -22,6 +22,9 @@ UNKNOWN = -1
 class Recommender(Protocol):
     """One classical system."""
 
+    popularity_I: np.ndarray
+    """How many users have each of the items that it knows, once it is fitted."""
+
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Learn from who has what, forgetting what was learned before."""
         ...

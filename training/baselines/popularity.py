@@ -13,18 +13,18 @@ class Popularity:
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Count."""
-        self.count_I = seen_UI.sum(axis=0).astype(np.float32)
+        self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
         return self
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Return the same for everyone."""
-        return np.tile(self.count_I, (len(user_row_B), 1))
+        return np.tile(self.popularity_I, (len(user_row_B), 1))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the counts."""
-        return {"count": self.count_I}
+        return {"popularity": self.popularity_I}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> Self:
         """Take up the counts."""
-        self.count_I = arrays["count"]
+        self.popularity_I = arrays["popularity"]
         return self

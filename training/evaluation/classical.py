@@ -29,45 +29,51 @@ WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 class NextItems:
     """Interactions to predict, and what their users have before them."""
 
-    def __init__(
-        self, history: History, targets: np.ndarray, fitted_UI: sparse.csr_array, *, items: int, max_history: int
-    ) -> None:
-        """Targets are indices into the history; `fitted_UI` is what the systems that will be asked are fitted on."""
+    def __init__(self, history: History, targets: np.ndarray, *, items: int, max_history: int) -> None:
+        """Targets are indices into the history, none of them its user's first."""
         self._history = history
-        self._windows = windows_before(history, targets, max_history)
-        self._starts = history.starts[np.searchsorted(history.starts, targets, side="right") - 1]
-        self._is_fitted_U = np.diff(fitted_UI.indptr) > 0
         self._items = items
+        self._newest = windows_before(history, targets, max_history)
+        starts = history.starts[np.searchsorted(history.starts, targets, side="right") - 1]
+        self._all = Windows(starts, self._newest.last)
         self.targets = history.item_row[targets]
+        self.users = history.user_row[targets]
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def batches(self) -> Iterator[tuple[np.ndarray, sparse.csr_array, IntArray, np.ndarray]]:
-        """Yield which interactions, what their users are scored by, the users' rows, and all that they have [B, I]."""
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yield the places of some after the other."""
         for start in range(0, len(self), BATCH):
-            chosen = np.arange(start, min(start + BATCH, len(self)))
-            windows = self._windows.pick(chosen)
-            user_B = self._history.user_row[windows.last]
-            rows_B = np.where(self._is_fitted_U[user_B], user_B, UNKNOWN)
-            everything = Windows(self._starts[chosen], windows.last)
-            yield chosen, self._seen(windows), rows_B, self._seen(everything).toarray() > 0
+            yield np.arange(start, min(start + BATCH, len(self)))
 
-    def ranks(self, system: Recommender) -> IntArray:
-        """Return the rank of each target, 1 being best; `UNRANKED` where the user has it already."""
-        ranks = np.zeros(len(self), np.int64)
-        for chosen, seen_BI, rows_B, had_BI in self.batches():
-            scores_BI = np.array(system.scores(seen_BI, rows_B))
-            if not np.isfinite(scores_BI).all():
-                raise DataError(f"{type(system).__name__}: a score is not finite, so nothing can be ranked")
-            ranks[chosen] = rank_targets(scores_BI, had_BI, self.targets[chosen])
-        return ranks
+    def seen(self, chosen: np.ndarray) -> sparse.csr_array:
+        """Return what users are scored by, [B, I]."""
+        return self._matrix(self._newest.pick(chosen))
 
-    def _seen(self, windows: Windows) -> sparse.csr_array:
+    def had(self, chosen: np.ndarray) -> np.ndarray:
+        """Return all that users have, [B, I]."""
+        return self._matrix(self._all.pick(chosen)).toarray() > 0
+
+    def _matrix(self, windows: Windows) -> sparse.csr_array:
         lengths_B = windows.last - windows.first
         offset_N = np.arange(lengths_B.sum()) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
         item_N = self._history.item_row[np.repeat(windows.first, lengths_B) + offset_N]
         return seen_matrix(np.repeat(np.arange(len(windows)), lengths_B), item_N, len(windows), self._items)
+
+
+def rank_classical(system: Recommender, asked: NextItems, is_fitted_U: np.ndarray) -> IntArray:
+    """Return the rank of each target, 1 being best; `UNRANKED` where the user has it already.
+
+    `is_fitted_U` says of which users the system was fitted on anything.
+    """
+    ranks = np.zeros(len(asked), np.int64)
+    for chosen in asked.batches():
+        scores_BI = np.array(system.scores(asked.seen(chosen), _rows(asked, chosen, is_fitted_U)))
+        if not np.isfinite(scores_BI).all():
+            raise DataError(f"{type(system).__name__}: a score is not finite, so nothing can be ranked")
+        ranks[chosen] = rank_targets(scores_BI, asked.had(chosen), asked.targets[chosen])
+    return ranks
 
 
 def rank_targets(scores_BI: Scores, had_BI: np.ndarray, target_B: IntArray) -> IntArray:
@@ -77,17 +83,21 @@ def rank_targets(scores_BI: Scores, had_BI: np.ndarray, target_B: IntArray) -> I
     return np.where(has_B, UNRANKED, rank_of(scores_BI, target_B))
 
 
-def choose_weights(hybrid: Hybrid, validation: NextItems) -> None:
+def choose_weights(hybrid: Hybrid, asked: NextItems, is_fitted_U: np.ndarray) -> None:
     """Give a fitted hybrid the weights with the best NDCG@10: one part after the other, those before it as they are."""
     hybrid.weights = [1.0] + [0.0] * (len(hybrid.parts) - 1)
     for number in range(1, len(hybrid.parts)):
         gain = np.zeros(len(WEIGHTS))
-        for chosen, seen_BI, rows_B, had_BI in validation.batches():
+        for chosen in asked.batches():
+            seen_BI, rows_B, had_BI = asked.seen(chosen), _rows(asked, chosen, is_fitted_U), asked.had(chosen)
             base_BI = hybrid.scores(seen_BI, rows_B)
             added_BI = standardised(hybrid.parts[number].scores(seen_BI, rows_B))
             for tried, weight in enumerate(WEIGHTS):
-                ranks_B = rank_targets(
-                    (base_BI + weight * added_BI).astype(np.float32), had_BI, validation.targets[chosen]
-                )
-                gain[tried] += ndcg_at_k(ranks_B, 10).sum()
+                scores_BI = (base_BI + weight * added_BI).astype(np.float32)
+                gain[tried] += ndcg_at_k(rank_targets(scores_BI, had_BI, asked.targets[chosen]), 10).sum()
         hybrid.weights[number] = WEIGHTS[int(gain.argmax())]
+
+
+def _rows(asked: NextItems, chosen: np.ndarray, is_fitted_U: np.ndarray) -> IntArray:
+    user_B = asked.users[chosen]
+    return np.where(is_fitted_U[user_B], user_B, UNKNOWN)

@@ -1,26 +1,24 @@
 """How well the model names the next item: every catalogue item ranked, items the user already has left out.
 
-In:  the dense part, whole tables, a history and which of its interactions to predict.
-Out: one rank an interaction, the list that would be shown in its place, or the rating that it would be given.
+In:  the dense part, whole tables, a history and which of its interactions to predict.  Out: one rank an interaction.
 Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
 
-Shapes: B interactions to predict, I items, K candidates, D dimension.
+Shapes: N interactions to predict, B of a batch, W weights, I items, K candidates, D dimension.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from embeddings.batch import PAD
-from training.models.ranker import RATING
+from training.models.blend import blended
 from training.models.two_stage import TwoStage
 from training.stream import History, Windows, build_sequences, windows_before
 
 UNRANKED = 0
 """The rank of an item that is not among the candidates."""
-NOT_SHOWN = -1
-"""Fills lists of fewer candidates than others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,56 +38,46 @@ def rank_next_items(
 
     Targets must not be a user's first interaction. The model is in evaluation mode on return.
     """
-    ranks = []
-    for start in range(0, len(targets), batch_size):
-        batch = targets[start : start + batch_size]
-        found_BK = list_next_items(dense, catalogue, history, batch) == history.item_row[batch, None]
-        ranks.append(np.where(found_BK.any(axis=1), found_BK.argmax(axis=1) + 1, UNRANKED))
-    return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
+    return rank_blended(dense, catalogue, history, targets, None, (0.0,), batch_size)[0]
 
 
 @torch.inference_mode()
-def list_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> np.ndarray:
-    """Return the item rows of the candidates [B, K] as they would be shown in place of each target, best first.
+def rank_blended(
+    dense: TwoStage,
+    catalogue: Catalogue,
+    history: History,
+    targets: np.ndarray,
+    classical: Callable[[np.ndarray], np.ndarray] | None,
+    weights: Sequence[float],
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Return the same once for each weight [W, N] with which a classical system's scores are added.
 
-    `NOT_SHOWN` where fewer are left. All targets make one batch, and must not be a user's first interaction. The model
-    is in evaluation mode on return.
+    `classical` returns its scores [B, I] of all items for some of the targets, by their places among them.
     """
     dense.eval()
     windows = windows_before(history, targets, dense.config.max_history)
-    return _list_batch(dense, catalogue, history, windows)
+    ranks = [np.empty((len(weights), 0), np.int64)]
+    for start in range(0, len(targets), batch_size):
+        chosen = np.arange(start, min(start + batch_size, len(targets)))
+        classical_BI = torch.from_numpy(classical(chosen)).to(catalogue.item_ID.device) if classical else None
+        ranks.append(_rank_batch(dense, catalogue, history, windows.pick(chosen), classical_BI, weights))
+    return np.concatenate(ranks, axis=1)
 
 
-@torch.inference_mode()
-def rate_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> np.ndarray:
-    """Return the rating [B] that each target's item would be given, as `list_next_items` takes them."""
-    dense.eval()
-    windows = windows_before(history, targets, dense.config.max_history)
-    user_BD = _user_vectors(dense, catalogue, history, windows)
-    item_BD = catalogue.item_ID[torch.from_numpy(history.item_row[targets]).to(user_BD.device)]
-    return dense.ranker(user_BD, item_BD, (user_BD * item_BD).sum(dim=-1))[RATING].cpu().numpy()
-
-
-def _list_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
-    user_BD = _user_vectors(dense, catalogue, history, windows)
-    score_BI = user_BD @ catalogue.item_ID.T
-    for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
-        score_BI[row, history.item_row[start:end]] = float("-inf")
-    score_BK, candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1)
-    # The order that is served, ties included; what is excluded or not a number has no rank.
-    order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK]).masked_fill(~score_BK.isfinite(), float("-inf"))
-    best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
-    shown_BK = torch.where(order_BK.isfinite(), candidate_BK, NOT_SHOWN).gather(1, best_BK)
-    return shown_BK.cpu().numpy()
-
-
-def _user_vectors(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> torch.Tensor:
-    """Return the user vectors [B, D] at the end of each window."""
+def _rank_batch(
+    dense: TwoStage,
+    catalogue: Catalogue,
+    history: History,
+    windows: Windows,
+    classical_BI: torch.Tensor | None,
+    weights: Sequence[float],
+) -> np.ndarray:
     sequences = build_sequences(history, windows)
     device = catalogue.item_ID.device
     user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
     history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0)).to(device)
-    return dense.user_vectors(
+    user_BD = dense.user_vectors(
         catalogue.item_ID[history_BL],
         torch.from_numpy(sequences.kind_BL).to(device),
         torch.from_numpy(sequences.value_BL.astype(np.float32)).to(device),
@@ -97,6 +85,26 @@ def _user_vectors(dense: TwoStage, catalogue: Catalogue, history: History, windo
         torch.from_numpy(sequences.item_row_BL != PAD).to(device),
         catalogue.user_UD[user_row_B],
     )[:, -1]
+    retrieved_BI = user_BD @ catalogue.item_ID.T
+    had_BI = torch.zeros_like(retrieved_BI, dtype=torch.bool)
+    for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
+        had_BI[row, history.item_row[start:end]] = True
+    target_B1 = torch.from_numpy(history.item_row[windows.last]).to(device).unsqueeze(1)
+    ranks = []
+    for weight in weights:
+        score_BI = retrieved_BI if classical_BI is None else blended(retrieved_BI, classical_BI, weight)
+        score_BI = score_BI.masked_fill(had_BI, float("-inf"))
+        score_BK, candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1)
+        # The order that is served, ties included; what is excluded or not a number has no rank.
+        order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK])
+        if classical_BI is not None:
+            order_BK = blended(order_BK, classical_BI.gather(1, candidate_BK), weight, score_BK.isfinite())
+        order_BK = order_BK.masked_fill(~score_BK.isfinite(), float("-inf"))
+        best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
+        found_BK = (candidate_BK == target_B1) & order_BK.isfinite()
+        place_B = found_BK.gather(1, best_BK).int().argmax(1)
+        ranks.append(torch.where(found_BK.any(1), place_B + 1, UNRANKED).cpu().numpy())
+    return np.stack(ranks)
 
 
 def _user_starts(history: History, windows: Windows) -> np.ndarray:

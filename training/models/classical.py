@@ -4,13 +4,10 @@ In:  a user's history and a number.  Out: every item scored by what the user has
 Knows nothing of HTTP, logs or policies. Nothing is learned while it serves: a click counts because the next request is
 answered from the history with it.
 
-Who was not fitted on is served from their history like everyone else. Two systems also have something of each user that
-they were fitted on: user neighbours, that nobody is their own neighbour; BPR, factors, which move with the history.
-
 An item put after training is recommended where the system can tell from its text where it belongs: content, and hybrids
 with content. In the others it is known, by `similar` too, but nobody has had it, so that it is not recommended.
 
-Shapes: I items, B users that are scored, of whom there is one here, E encoder dimension.
+Shapes: I items, E encoder dimension.
 """
 
 from collections.abc import Sequence
@@ -22,11 +19,17 @@ import torch
 
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionRef
-from training.baselines.config import SystemConfig, build_system
-from training.baselines.content import Content
-from training.baselines.hybrid import Hybrid
-from training.baselines.interface import UNKNOWN, Recommender, seen_matrix
-from training.models.resident import Candidates, Catalogue, Put, Resident, index_items, index_users, lay_over
+from training.models.fitted import FittedSystem
+from training.models.resident import (
+    Candidates,
+    Catalogue,
+    Put,
+    Resident,
+    index_items,
+    index_users,
+    lay_over,
+    restore_classical,
+)
 from training.models.served import ServedModel
 from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState, grow_rows, log_popularity, read_version
 
@@ -35,41 +38,29 @@ from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState, grow_ro
 class ServedClassical(Catalogue):
     """One version's answers. Build it with `build`, `with_state` and `with_items`."""
 
-    config: SystemConfig
-    fitted: Recommender
-    system: Recommender
-    """`fitted`, or what of it also places the items that were put."""
+    classical: FittedSystem
     text_IE: torch.Tensor
 
     @classmethod
     def build(cls, state: VersionState, put: Put, resident: Resident | None = None) -> "ServedClassical":
         """Compute what answering needs from a version's arrays and the items put since."""
-        config = state.recipe.section(SystemConfig)
         item_row = index_items(state, resident)
         put, item_ids, index_of = lay_over(state, item_row, put)
-        text_IE, count_I = state.rows[TEXT_ROWS], state.rows[COUNT_ROWS]
-        if isinstance(resident, ServedClassical) and resident.state is state:
-            system = fitted = resident.fitted
-        else:
-            arrays = {name: tensor.numpy() for name, tensor in state.system.items()}
-            system = fitted = build_system(state.recipe, config.name, text_IE.numpy()).restore(arrays)
+        text_IE = state.rows[TEXT_ROWS]
         if put:
             text_IE = grow_rows(text_IE, len(item_ids))
             for item_id, (_, vector) in put.items():
                 text_IE[index_of[item_id]] = torch.tensor(vector)
-            placed = fitted.placed(text_IE.numpy()) if isinstance(fitted, Content | Hybrid) else None
-            if placed is not None:
-                system, count_I = placed, grow_rows(count_I, len(item_ids))
+        classical = restore_classical(state, text_IE, resident)
+        assert classical is not None, "a version without a two-stage model has a classical system"
         return cls(
             state=state,
             put=put,
             item_ids=item_ids,
             index_of=index_of,
             item_row=item_row,
-            popularity_I=log_popularity(count_I),
-            config=config,
-            fitted=fitted,
-            system=system,
+            popularity_I=log_popularity(grow_rows(state.rows[COUNT_ROWS], classical.item_count)),
+            classical=classical,
             text_IE=text_IE,
             user_row=index_users(state, resident),
         )
@@ -86,19 +77,17 @@ class ServedClassical(Catalogue):
     @property
     def max_history(self) -> int:
         """Interactions it looks back on."""
-        return self.config.max_history
+        return self.classical.max_history
 
     def recommend(
         self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
     ) -> Candidates:
         """Return up to `k` items, best first, without those excluded."""
-        known = self._rows([entry.item_id for entry in history])[-self.max_history :]
+        known = self._rows([entry.item_id for entry in history])
         excluded = self._rows(exclude)
         if not known:
             return self.popular(k, excluded)
-        seen_BI = seen_matrix(np.zeros(len(known), np.int64), np.array(known), 1, self.item_count)
-        scores_BI = self.system.scores(seen_BI, np.array([self.user_row.get(user_id, UNKNOWN)]))
-        return self.best(scores_BI[0], k, excluded, cold_start=False)
+        return self.best(self.classical.scores(known, self.user_row.get(user_id)), k, excluded, cold_start=False)
 
     @cached_property
     def unit_vectors(self) -> torch.Tensor:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from cluster.log import Interaction
+from training.models.fitted import FittedSystem
 from training.models.version import TEXT_ROWS, VersionState
 
 Put = Mapping[str, tuple[str, np.ndarray]]
@@ -37,6 +39,11 @@ class Resident(Protocol):
     @property
     def state(self) -> VersionState:
         """What it was read from."""
+        ...
+
+    @property
+    def classical(self) -> FittedSystem | None:
+        """The classical system that recommends, alone or beside the two-stage model."""
         ...
 
     @property
@@ -108,6 +115,7 @@ class Catalogue:
     item_row: dict[str, int]
     """`index_of` less what was put."""
     user_row: dict[str, int]
+    classical: FittedSystem | None
     popularity_I: np.ndarray
 
     @property
@@ -174,6 +182,16 @@ def lay_over(state: VersionState, item_row: dict[str, int], put: Put) -> tuple[P
         return put, state.item_ids, item_row
     places = {item_id: len(item_row) + position for position, item_id in enumerate(new_ids)}
     return put, [*state.item_ids, *new_ids], item_row | places
+
+
+def restore_classical(state: VersionState, text_IE: torch.Tensor, resident: Resident | None) -> FittedSystem | None:
+    """Return the version's classical system over a catalogue told so; none where it has none."""
+    if not state.system:
+        return None
+    held = resident.classical if resident and resident.state.system is state.system else None
+    if resident is not None and held is not None and resident.state.recipe == state.recipe:
+        return held.over(text_IE)
+    return FittedSystem.build(state, text_IE)
 
 
 def _index(ids: list[str], resident: tuple[list[str], dict[str, int]] | None) -> dict[str, int]:

@@ -26,7 +26,18 @@ from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
-from training.models.resident import Candidates, Catalogue, Put, Resident, index_items, index_users, lay_over
+from training.baselines.config import SystemConfig
+from training.models.blend import blended
+from training.models.resident import (
+    Candidates,
+    Catalogue,
+    Put,
+    Resident,
+    index_items,
+    index_users,
+    lay_over,
+    restore_classical,
+)
 from training.models.seen import seen_correction
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
@@ -82,6 +93,7 @@ class ServedModel(Catalogue):
             item_ids=item_ids,
             index_of=index_of,
             item_row=item_row,
+            classical=restore_classical(state, text_IE, resident),
             item_ID=item_ID,
             popularity_I=log_popularity(count_I),
             user_row=index_users(state, resident),
@@ -103,7 +115,12 @@ class ServedModel(Catalogue):
     @property
     def max_history(self) -> int:
         """Interactions it looks back on."""
-        return self.dense.config.max_history
+        return max(self.dense.config.max_history, self.classical.max_history if self.classical else 0)
+
+    @cached_property
+    def blend_weight(self) -> float:
+        """By how much the classical system's scores are added."""
+        return self.state.recipe.section(SystemConfig).blend_weight or 0.0
 
     @cached_property
     def unit_vectors(self) -> torch.Tensor:
@@ -114,20 +131,31 @@ class ServedModel(Catalogue):
         self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
     ) -> Candidates:
         """Return up to `k` items, best first, without those excluded."""
-        known = [entry for entry in history if entry.item_id in self.index_of][-self.max_history :]
+        known = [entry for entry in history if entry.item_id in self.index_of]
         excluded = [self.index_of[item_id] for item_id in exclude if item_id in self.index_of]
         if not known:
             return self.popular(k, excluded)
         with torch.inference_mode():
-            user_D = self.user_vector(user_id, known)
-            score_I = self.item_ID @ user_D
+            user_D = self.user_vector(user_id, known[-self.dense.config.max_history :])
+            score_I, classical_I = self.item_ID @ user_D, self.classical_scores(known)
+            if classical_I is not None:
+                score_I = blended(score_I, classical_I, self.blend_weight)
             score_I[excluded] = float("-inf")
             wanted = min(max(k, self.dense.config.candidates), len(self.item_ids) - len(excluded))
             candidate_K = score_I.topk(max(wanted, 0)).indices
             order_K = self.order(user_D, self.item_ID[candidate_K])
+            if classical_I is not None:
+                order_K = blended(order_K, classical_I[candidate_K], self.blend_weight)
             best_K = order_K.argsort(descending=True, stable=True)[:k]
         item_ids = [self.item_ids[index] for index in candidate_K[best_K].tolist()]
         return Candidates(item_ids=item_ids, scores=order_K[best_K].numpy(), cold_start=False)
+
+    def classical_scores(self, known: Sequence[Interaction]) -> torch.Tensor | None:
+        """Return what the classical system beside it makes of each item [I], after a history of known items."""
+        if self.classical is None:
+            return None
+        rows = [self.index_of[entry.item_id] for entry in known]
+        return torch.from_numpy(self.classical.standardised(rows, None, len(self.item_ids)))
 
     def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
         """Return the score [K] by which a user's candidates are shown: the ranker's, corrected by what is chosen."""

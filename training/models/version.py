@@ -6,7 +6,7 @@ Knows nothing of how it was learned or how it is served.
     rows.safetensors       item [I, D] · user [U, D] · count [I]   one row an id, in vocabulary order
     text.safetensors       text [I, E], apart: it is large, and the next version's is mostly the same
     dense.safetensors      the two-stage model's parameters
-    system.safetensors     of a classical system what it has learned, in place of item, user and dense
+    system.safetensors     what a classical system has learned: alone, without item, user and dense, or beside them
     seen.safetensors       the correction by what of the seen was chosen, where there is one
     optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments, seen's posterior
     items.parquet          item_id, text         users.parquet   user_id

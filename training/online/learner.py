@@ -188,6 +188,7 @@ class OnlineLearner:
         state = read_version(self.registry, ref, with_optimizer=True)
         self.ref, self.recipe, self.applied_seq = ref, state.recipe, state.learned_seq
         self.data = state.recipe.section(DataConfig)
+        self._system = state.system  # beside the model: it does not learn, and goes along
         self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder)
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
@@ -351,6 +352,7 @@ class OnlineLearner:
             dense=dense,
             optimizer=optimizer | self.impressions.tensors(),
             seen=self.impressions.weight,
+            system=self._system,
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from cluster.catalogue import Item
-from cluster.errors import ConfigError, RegistryError
+from cluster.errors import ConfigError, NothingToLearnError, RegistryError
 from cluster.events import Event
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
+from training.baselines.config import SystemConfig
 from training.models.served import ServedModel
-from training.models.version import read_version, write_delta
-from training.online.learner import OnlineConfig, OnlineLearner
+from training.models.version import ITEM_ROWS, read_version, write_delta, write_version
+from training.online.learner import CONSUMER, OnlineConfig, OnlineLearner
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -435,3 +436,38 @@ def test_after_enough_deltas_the_chain_becomes_a_version_and_goes_on_there(open_
 def test_a_setting_out_of_range_is_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         OnlineConfig(**setting)
+
+
+def test_what_stands_beside_the_model_goes_along_when_deltas_are_folded(open_loop, with_ease):
+    loop = open_loop("online.compact_every=2")
+    beside = with_ease(read_version(loop.registry, VersionRef(1), with_optimizer=True), 0.5)
+    draft = loop.registry.draft_version()
+    write_version(draft, beside, loop.registry.open_version(1).table("history"))
+    assert draft.publish(offset=0, metrics={}) == VersionRef(2)
+    loop.follow()
+    loop.learner.publish()  # takes it up
+    for first in (0, 12):
+        loop.follow(loop.tiny.live_events(12, first=first))
+    current = loop.registry.current()
+    assert current == VersionRef(3)
+    folded = read_version(loop.registry, current)
+    assert folded.recipe.section(SystemConfig).blend_weight == 0.5
+    assert folded.system.keys() == beside.system.keys()
+    assert all(torch.equal(folded.system[name], tensor) for name, tensor in beside.system.items())
+    assert not torch.equal(folded.rows[ITEM_ROWS], beside.rows[ITEM_ROWS])
+
+
+def test_a_version_that_does_not_learn_is_left_to_others(open_loop, publish_classical):
+    loop = open_loop()
+    loop.follow(loop.tiny.live_events(8))
+    learned, ease = loop.registry.current(), publish_classical(loop.registry)
+    loop.learn(loop.tiny.live_events(4, first=8))
+    for attempt in (loop.learner.publish, loop.open_learner):
+        with pytest.raises(NothingToLearnError, match=f"{ease}: is of ease"):
+            attempt()
+    assert loop.log.committed_offset(CONSUMER) <= 8
+    loop.registry.promote(learned, "back")
+    again = loop.open_learner()
+    assert (again.ref, again.applied_seq) == (learned, 8)
+    loop.follow(learner=again)
+    assert loop.ranges()[-1][1] == 12
