@@ -43,7 +43,8 @@ def fit_system(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     started_s = time.monotonic()
     seen_UI = _seen(inputs.train, sizes)
     system = build_system(recipe, config.name, np.asarray(inputs.text)).fit(seen_UI)
-    asked, is_fitted_U = next_items(inputs, inputs.validation, config), np.diff(seen_UI.indptr) > 0
+    asked = NextItems(inputs.full, inputs.validation, items=sizes[1], max_history=config.max_history)
+    is_fitted_U = np.diff(seen_UI.indptr) > 0
     metrics: dict[str, float] = {}
     if isinstance(system, Hybrid):
         hybrid = recipe.section(HybridConfig)
@@ -75,11 +76,6 @@ def fit_beside(recipe: Recipe, inputs: TrainingInputs, folder: Path) -> None:
         system = build_system(recipe, name, np.asarray(inputs.text))
         _save(system.fit(_seen(inputs.train, sizes)), folder / VALIDATED_SYSTEM_FILE)
         _save(system.fit(_seen(inputs.full, sizes)), folder / SYSTEM_FILE)
-
-
-def next_items(inputs: TrainingInputs, targets: np.ndarray, config: SystemConfig) -> NextItems:
-    """Return validation interactions as classical systems are asked for them."""
-    return NextItems(inputs.full, targets, items=len(inputs.items), max_history=config.max_history)
 
 
 def check_memory(recipe: Recipe, dataset: Dataset) -> None:

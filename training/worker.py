@@ -11,7 +11,7 @@ Knows nothing of the driver. Ray has set up the process group; torchrec is impor
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,15 +28,13 @@ from cluster.dataset import load_dataset
 from cluster.errors import DataError
 from embeddings.tables import ITEM, USER, TablesConfig, gather_tables
 from training.baselines.config import SystemConfig, build_system
-from training.baselines.interface import UNKNOWN
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.classical import next_items
 from training.evaluation.classical import WEIGHTS
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
-from training.evaluation.next_item import Catalogue, rank_blended, rank_next_items
+from training.evaluation.next_item import Beside, Catalogue, rank_next_items
 from training.inputs import TrainingInputs, load_inputs
 from training.models.recommender import build_recommender, dense_part
-from training.models.two_stage import Losses, ModelConfig
+from training.models.two_stage import Losses, ModelConfig, TwoStage
 from training.run import METRICS_FILE, TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
 from training.stream import DataConfig, count_batches, stream_batches
@@ -150,10 +148,8 @@ def train_epoch(
 
 def validate(model: "DistributedModelParallel", inputs: TrainingInputs) -> dict[str, float]:
     """Collective. Return Hit@10 and NDCG@10 over the validation interactions, each worker ranking its share."""
-    dense, catalogue = dense_part(model), gather_catalogue(model, inputs)
     mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
-    hit, ndcg = _mean_figures(rank_next_items(dense, catalogue, inputs.full, mine)[None], catalogue.item_ID.device)[0]
-    return {"hit_at_10": hit, "ndcg_at_10": ndcg}
+    return _mean_figures(dense_part(model), gather_catalogue(model, inputs), inputs, mine)
 
 
 def choose_blend(
@@ -163,21 +159,16 @@ def choose_blend(
     config = recipe.section(SystemConfig)
     if config.blend is None:
         return {}
-    weights = WEIGHTS if config.blend_weight is None else (config.blend_weight,)
     arrays = load_file(folder / VALIDATED_SYSTEM_FILE)
     system = build_system(recipe, config.blend, np.asarray(inputs.text)).restore(arrays)
     mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
-    asked = next_items(inputs, mine, config)
-
-    def classical(chosen: np.ndarray) -> np.ndarray:
-        return system.scores(asked.seen(chosen), np.full(len(chosen), UNKNOWN))
-
-    dense, catalogue = dense_part(model), gather_catalogue(model, inputs)
-    ranks_WN = rank_blended(dense, catalogue, inputs.full, mine, classical, weights)
-    figures = _mean_figures(ranks_WN, catalogue.item_ID.device)
-    best = max(range(len(weights)), key=lambda tried: figures[tried][1])
-    hit, ndcg = figures[best]
-    return {"blend_weight": weights[best], "blended_hit_at_10": hit, "blended_ndcg_at_10": ndcg}
+    catalogue = gather_catalogue(model, inputs)
+    figures: dict[float, dict[str, float]] = {}
+    for weight in WEIGHTS if config.blend_weight is None else (config.blend_weight,):
+        beside = Beside(system=system, max_history=config.max_history, weight=weight)
+        figures[weight] = _mean_figures(dense_part(model), replace(catalogue, beside=beside), inputs, mine)
+    best = max(figures, key=lambda weight: figures[weight]["ndcg_at_10"])
+    return {"blend_weight": best} | {f"blended_{name}": value for name, value in figures[best].items()}
 
 
 def gather_catalogue(model: "DistributedModelParallel", inputs: TrainingInputs) -> Catalogue:
@@ -191,12 +182,15 @@ def gather_catalogue(model: "DistributedModelParallel", inputs: TrainingInputs) 
     return Catalogue(item_ID=item_ID, user_UD=whole[USER].to(device))
 
 
-def _mean_figures(ranks_WN: np.ndarray, device: torch.device) -> list[tuple[float, float]]:
-    """Collective. Return Hit@10 and NDCG@10 of each row of ranks, over those of all workers."""
-    sums = [(hit_at_k(ranks_N, 10).sum(), ndcg_at_k(ranks_N, 10).sum(), len(ranks_N)) for ranks_N in ranks_WN]
-    sums_W3 = torch.tensor(sums, device=device)
-    dist.all_reduce(sums_W3)  # collective
-    return [(hits / max(count, 1), gain / max(count, 1)) for hits, gain, count in sums_W3.tolist()]
+def _mean_figures(dense: TwoStage, catalogue: Catalogue, inputs: TrainingInputs, mine: np.ndarray) -> dict[str, float]:
+    """Collective. Return Hit@10 and NDCG@10 over the validation interactions of all workers."""
+    ranks = rank_next_items(dense, catalogue, inputs.full, mine)
+    sums = torch.tensor(
+        [hit_at_k(ranks, 10).sum(), ndcg_at_k(ranks, 10).sum(), len(ranks)], device=catalogue.item_ID.device
+    )
+    dist.all_reduce(sums)  # collective
+    hits, gain, count = sums.tolist()
+    return {"hit_at_10": hits / max(count, 1), "ndcg_at_10": gain / max(count, 1)}
 
 
 def resume(model: "DistributedModelParallel", optimizers: Optimizers) -> Progress:

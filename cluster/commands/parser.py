@@ -151,6 +151,7 @@ def _train(commands: Commands) -> _Parser:
         "",
         "--data data/shop --workers 4 --epochs 3",
         "--recipe clicks --data s3://bucket/rows --workers 1..4",
+        "--recipe ease --data data/shop",
         "--resume recloop-home/runs/clicks-20260101-120000-000000",
     )
     _add_data_flag(parser)

@@ -3,16 +3,18 @@
 In:  the dense part, whole tables, a history and which of its interactions to predict.  Out: one rank an interaction.
 Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
 
-Shapes: N interactions to predict, B of a batch, W weights, I items, K candidates, D dimension.
+Shapes: B interactions to predict, I items, K candidates, D dimension.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from embeddings.batch import PAD
+from training.baselines.hybrid import known_scores
+from training.baselines.interface import UNKNOWN, Recommender
+from training.evaluation.classical import NextItems
 from training.models.blend import blended
 from training.models.two_stage import TwoStage
 from training.stream import History, Windows, build_sequences, windows_before
@@ -29,8 +31,25 @@ class Catalogue:
     """Item vectors."""
     user_UD: torch.Tensor
     """User rows."""
+    beside: "Beside | None" = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """A classical system whose scores are added."""
+
+    system: Recommender
+    max_history: int
+    weight: float
+
+    def scores(self, history: History, targets: np.ndarray, items: int) -> torch.Tensor:
+        """Return its standardised scores [B, I] for each target; 0 of items that it does not know."""
+        asked = NextItems(history, targets, items=items, max_history=self.max_history)
+        seen_BI = asked.seen(np.arange(len(asked)))
+        return torch.from_numpy(known_scores(self.system, seen_BI, np.full(len(asked), UNKNOWN), items))
+
+
+@torch.inference_mode()
 def rank_next_items(
     dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray, batch_size: int = 128
 ) -> np.ndarray:
@@ -38,41 +57,16 @@ def rank_next_items(
 
     Targets must not be a user's first interaction. The model is in evaluation mode on return.
     """
-    return rank_blended(dense, catalogue, history, targets, None, (0.0,), batch_size)[0]
-
-
-@torch.inference_mode()
-def rank_blended(
-    dense: TwoStage,
-    catalogue: Catalogue,
-    history: History,
-    targets: np.ndarray,
-    classical: Callable[[np.ndarray], np.ndarray] | None,
-    weights: Sequence[float],
-    batch_size: int = 128,
-) -> np.ndarray:
-    """Return the same once for each weight [W, N] with which a classical system's scores are added.
-
-    `classical` returns its scores [B, I] of all items for some of the targets, by their places among them.
-    """
     dense.eval()
     windows = windows_before(history, targets, dense.config.max_history)
-    ranks = [np.empty((len(weights), 0), np.int64)]
-    for start in range(0, len(targets), batch_size):
-        chosen = np.arange(start, min(start + batch_size, len(targets)))
-        classical_BI = torch.from_numpy(classical(chosen)).to(catalogue.item_ID.device) if classical else None
-        ranks.append(_rank_batch(dense, catalogue, history, windows.pick(chosen), classical_BI, weights))
-    return np.concatenate(ranks, axis=1)
+    ranks = [
+        _rank_batch(dense, catalogue, history, windows.pick(np.arange(start, min(start + batch_size, len(targets)))))
+        for start in range(0, len(targets), batch_size)
+    ]
+    return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
 
 
-def _rank_batch(
-    dense: TwoStage,
-    catalogue: Catalogue,
-    history: History,
-    windows: Windows,
-    classical_BI: torch.Tensor | None,
-    weights: Sequence[float],
-) -> np.ndarray:
+def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
     sequences = build_sequences(history, windows)
     device = catalogue.item_ID.device
     user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
@@ -85,26 +79,25 @@ def _rank_batch(
         torch.from_numpy(sequences.item_row_BL != PAD).to(device),
         catalogue.user_UD[user_row_B],
     )[:, -1]
-    retrieved_BI = user_BD @ catalogue.item_ID.T
-    had_BI = torch.zeros_like(retrieved_BI, dtype=torch.bool)
+    score_BI = user_BD @ catalogue.item_ID.T
+    classical_BI, weight = None, 0.0
+    if catalogue.beside is not None:
+        weight = catalogue.beside.weight
+        classical_BI = catalogue.beside.scores(history, windows.last, score_BI.shape[1]).to(device)
+        score_BI = blended(score_BI, classical_BI, weight)
     for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
-        had_BI[row, history.item_row[start:end]] = True
+        score_BI[row, history.item_row[start:end]] = float("-inf")
+    score_BK, candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1)
+    # The order that is served, ties included; what is excluded or not a number has no rank.
+    order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK])
+    if classical_BI is not None:
+        order_BK = blended(order_BK, classical_BI.gather(1, candidate_BK), weight, score_BK.isfinite())
+    order_BK = order_BK.masked_fill(~score_BK.isfinite(), float("-inf"))
+    best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
     target_B1 = torch.from_numpy(history.item_row[windows.last]).to(device).unsqueeze(1)
-    ranks = []
-    for weight in weights:
-        score_BI = retrieved_BI if classical_BI is None else blended(retrieved_BI, classical_BI, weight)
-        score_BI = score_BI.masked_fill(had_BI, float("-inf"))
-        score_BK, candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1)
-        # The order that is served, ties included; what is excluded or not a number has no rank.
-        order_BK = dense.order(user_BD, catalogue.item_ID[candidate_BK])
-        if classical_BI is not None:
-            order_BK = blended(order_BK, classical_BI.gather(1, candidate_BK), weight, score_BK.isfinite())
-        order_BK = order_BK.masked_fill(~score_BK.isfinite(), float("-inf"))
-        best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
-        found_BK = (candidate_BK == target_B1) & order_BK.isfinite()
-        place_B = found_BK.gather(1, best_BK).int().argmax(1)
-        ranks.append(torch.where(found_BK.any(1), place_B + 1, UNRANKED).cpu().numpy())
-    return np.stack(ranks)
+    found_BK = (candidate_BK == target_B1) & order_BK.isfinite()
+    place_B = found_BK.gather(1, best_BK).int().argmax(1)
+    return torch.where(found_BK.any(1), place_B + 1, UNRANKED).cpu().numpy()
 
 
 def _user_starts(history: History, windows: Windows) -> np.ndarray:

@@ -1,5 +1,7 @@
 """EASE beside the two-stage model: one score of both, in what is retrieved and in what is shown first."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,7 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.quantized import QuantizedRows
 from embeddings.vocabulary import Vocabulary
-from training.evaluation.classical import NextItems
-from training.evaluation.next_item import Catalogue, rank_blended
+from training.evaluation.next_item import Beside, Catalogue, rank_next_items
 from training.models.blend import blended, standardised
 from training.models.served import ServedModel
 from training.models.version import ITEM_ROWS, USER_ROWS, Change, read_version, write_delta, write_version
@@ -118,15 +119,15 @@ def test_ranked_as_validation_does_an_item_has_the_place_at_which_it_is_served(v
     ]
     history = build_history(events_table(events), Vocabulary(state.item_ids, 30), Vocabulary(state.user_ids, 6))
     targets = np.setdiff1d(np.arange(len(history)), history.starts)
-    asked = NextItems(history, targets, items=30, max_history=1_000)
+    assert model.classical is not None
+    beside = Beside(system=model.classical.system, max_history=1_000, weight=WEIGHT)
     catalogue = Catalogue(item_ID=model.item_ID, user_UD=state.rows[USER_ROWS])
-
-    def classical(chosen: np.ndarray) -> np.ndarray:
-        return model.classical.system.scores(asked.seen(chosen), np.full(len(chosen), -1))
-
-    ranks_WN = rank_blended(model.dense, catalogue, history, targets, classical, (0.0, WEIGHT), batch_size=7)
-    assert (ranks_WN[1] > 0).sum() > (ranks_WN[0] > 0).sum() > 0
-    for rank, target in zip(ranks_WN[1], targets, strict=True):
+    alone, both = (
+        rank_next_items(model.dense, replace(catalogue, beside=given), history, targets, batch_size=7)
+        for given in (None, beside)
+    )
+    assert (both > 0).sum() > (alone > 0).sum() > 0
+    for rank, target in zip(both, targets, strict=True):
         start = history.starts[np.searchsorted(history.starts, target, side="right") - 1]
         told = [
             Interaction(f"i{history.item_row[at]}", "click", None, int(history.ts_s[at]) * 1_000_000, -1)
