@@ -178,6 +178,7 @@ class Gateway:
         return {
             "current": str(self._registry.current()),
             "served": residents.live.name,
+            "learns": bool(residents.live.state.dense),
             "learned_seq": residents.live.learned_seq,
             "head_seq": self._log.head_seq(),
             "items": residents.live.item_count,

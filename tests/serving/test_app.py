@@ -332,7 +332,7 @@ def test_a_classical_version_and_a_two_stage_one_take_turns_in_place(served, pub
         assert item_id not in item_ids(answer)
         assert {int(name[1:]) % 2 for name in item_ids(answer)} == {1}
     about = served.request("GET", "/v1/versions").body
-    assert (about["served"], about["learned_seq"], about["items"], about["problems"]) == (str(ref), 0, 30, {})
+    assert (about["served"], about["learns"], about["items"], about["problems"]) == (str(ref), False, 30, {})
     served.registry.promote(before, "it learns")
     served.wait_until_served(before)
     assert served.recommend("u0")["items"] == slate

@@ -7,4 +7,5 @@ content.py     what is told alike
 factors.py     matrix factorisation: ALS and BPR
 ease.py, autoencoder.py   EASE: event by event on a live replay; for many users at once
 hybrid.py      a weighted sum of others
+config.py      what can be set about them, and how each is built
 """

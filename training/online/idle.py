@@ -54,7 +54,11 @@ class Idle:
 
     def status(self) -> dict[str, object]:
         """Return what there is to say of it."""
-        return {"ready": True, "version": str(self.ref), "learns": False, "applied_seq": self.applied_seq} | {
+        return {
+            "ready": True,
+            "learns": False,
+            "version": str(self.ref),
+            "applied_seq": self.applied_seq,
             "lag_events": 0,
             "validation": {},
         }

@@ -48,6 +48,7 @@ class Recorder:
     """Arm and number of events posted so far to item ids."""
     lag: int = 0
     """Events by which the weights are behind."""
+    learns: bool = True
     past: dict = field(default_factory=dict)
     """What the server says that it knew beforehand."""
     requests: list[Request] = field(default_factory=list)
@@ -76,7 +77,7 @@ class Recorder:
             self.polls += 1
             self.lag = max(0, self.lag - 1)  # the trainer catches up while it is asked
             learned_seq = max(0, seq - self.lag)
-            return {"arms": list(ARMS), "learned_seq": learned_seq, "served": "1.7"} | self.past
+            return {"arms": list(ARMS), "learned_seq": learned_seq, "learns": self.learns, "served": "1.7"} | self.past
         if path == "/v1/feedback":
             return {"last_seq": self.posted.setdefault(body["event_id"], seq + 1)}
         items = [{"item_id": item_id} for item_id in self.slate(body["arm"], seq)[: body["k"]]]
@@ -229,6 +230,13 @@ def test_the_user_state_is_probed_now_and_then_with_the_sequence_number_of_the_a
     assert [body["min_seq"] for body in probes] == [1, STATE_PROBE_EVERY + 1, 2 * STATE_PROBE_EVERY + 1]
     assert {body["arm"] for body in probes} == {"state"}
     assert len(record.state_ms) == 3
+
+
+def test_a_version_that_does_not_learn_is_not_waited_for():
+    recorder = Recorder(always("i0"), lag=1_000, learns=False)
+    with listening(recorder) as url:
+        record = replay(url, stream(3), ARMS, frozenset())
+    assert (len(record.weights_ms), record.version, recorder.polls) == (0, "1.7", 1)
 
 
 def test_frozen_alone_needs_no_trainer_and_waits_for_none():
