@@ -48,10 +48,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
         overrides += [f"train.workers={most}", f"train.min_workers={fewest if fewest < most else 'none'}"]
     recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
     data, home = args.data or args.home.default_dataset, args.home.ensure()
-    system = recipe.section(SystemConfig).name
-    if system != TWO_STAGE and not args.resume:
-        if is_examples(str(data)) or overrides:
-            raise ConfigError(f"system.name={system}: is fitted at once on a dataset; leave out examples and --workers")
+    system = recipe.section(SystemConfig)
+    if system.classical is not None and (args.resume or is_examples(str(data))):
+        raise ConfigError(f"[system] {system.classical}: is fitted on a dataset, not on examples")
+    if system.name != TWO_STAGE:
+        if overrides:
+            raise ConfigError(f"system.name={system.name}: is fitted at once; leave out --epochs and --workers")
         return asdict(fit_system(recipe, load_dataset(data), home))
     engine = recipe.section(EngineConfig)
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):

@@ -185,8 +185,10 @@ def test_one_more_click_changes_the_scores(name, user_id, published, registry):
 
 def test_it_looks_back_on_the_newest_interactions_only(published, registry):
     state = read_version(registry, published("ease")[1])
-    short = Recipe.from_toml(state.recipe.to_toml().replace("max_history = 1000", "max_history = 2"))
-    model = build_resident(replace(state, recipe=short), {})
+    system = {**state.recipe.values["system"], "max_history": 2}
+    model = build_resident(
+        replace(state, recipe=replace(state.recipe, values={**state.recipe.values, "system": system})), {}
+    )
     assert model.max_history == 2
     assert (
         model.recommend("u0", history(1, 2, 4), 5).scores.tolist()
@@ -350,7 +352,7 @@ def test_the_commands_fit_and_publish_it(dataset, home):
     told = run(argparse.Namespace(run=None, home=home, canary=False))
     assert (told["run"], told["metrics"]) == (trained["folder"], trained["metrics"])
     flags |= {"workers": (1, 1)}
-    with pytest.raises(ConfigError, match="leave out examples and --workers"):
+    with pytest.raises(ConfigError, match="leave out --epochs and --workers"):
         train(argparse.Namespace(recipe="ease", data=str(dataset.path), home=home, **flags))
 
 

@@ -33,7 +33,7 @@ class SystemConfig:
 
     name: Literal["two_stage", "hybrid"] | Part = TWO_STAGE
     """The two-stage model, trained on Ray and learning while it serves, or a classical system, fitted once."""
-    max_history: int = 1_000
+    max_history: int = 100
     """Newest interactions of a user that a classical system scores."""
     blend: Literal["popularity", "item_neighbours", "content", "als", "ease"] | None = None
     """A classical system whose scores are added to the two-stage model's; one that holds nothing of single users, whose

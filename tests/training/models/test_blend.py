@@ -69,7 +69,7 @@ def test_a_click_beyond_the_model_s_window_counts_for_ease(version, with_ease):
     model = ServedModel.build(with_ease(version, WEIGHT), {})
     newest = [Interaction(f"i{item % 28}", "click", None, item, -1) for item in range(model.dense.config.max_history)]
     shown = [model.recommend("u1", [*more, *newest], 12) for more in ([], [Interaction("i29", "click", None, 0, -1)])]
-    assert model.max_history == 1_000
+    assert model.max_history == 100 > model.dense.config.max_history
     assert shown[0].scores.tolist() != shown[1].scores.tolist()
 
 
@@ -120,7 +120,7 @@ def test_ranked_as_validation_does_an_item_has_the_place_at_which_it_is_served(v
     history = build_history(events_table(events), Vocabulary(state.item_ids, 30), Vocabulary(state.user_ids, 6))
     targets = np.setdiff1d(np.arange(len(history)), history.starts)
     assert model.classical is not None
-    beside = Beside(system=model.classical.system, max_history=1_000, weight=WEIGHT)
+    beside = Beside(system=model.classical.system, max_history=100, weight=WEIGHT)
     catalogue = Catalogue(item_ID=model.item_ID, user_UD=state.rows[USER_ROWS])
     alone, both = (
         rank_next_items(model.dense, replace(catalogue, beside=given), history, targets, batch_size=7)
