@@ -16,6 +16,7 @@ from training.baselines.hybrid import known_scores
 from training.baselines.interface import UNKNOWN, Recommender
 from training.evaluation.classical import NextItems
 from training.models.blend import blended
+from training.models.served import ServedModel
 from training.models.two_stage import TwoStage
 from training.stream import History, Windows, build_sequences, windows_before
 
@@ -41,6 +42,13 @@ class Beside:
     system: Recommender
     max_history: int
     weight: float
+
+    @classmethod
+    def of(cls, model: ServedModel) -> "Beside | None":
+        """Return what a version has beside its model; none where there is nothing."""
+        if model.classical is None:
+            return None
+        return cls(system=model.classical.system, max_history=model.classical.max_history, weight=model.blend_weight)
 
     def scores(self, history: History, targets: np.ndarray, items: int) -> torch.Tensor:
         """Return its standardised scores [B, I] for each target; 0 of items that it does not know."""

@@ -119,12 +119,11 @@ def test_ranked_as_validation_does_an_item_has_the_place_at_which_it_is_served(v
     ]
     history = build_history(events_table(events), Vocabulary(state.item_ids, 30), Vocabulary(state.user_ids, 6))
     targets = np.setdiff1d(np.arange(len(history)), history.starts)
-    assert model.classical is not None
-    beside = Beside(system=model.classical.system, max_history=100, weight=WEIGHT)
     catalogue = Catalogue(item_ID=model.item_ID, user_UD=state.rows[USER_ROWS])
+    assert Beside.of(ServedModel.build(version, {})) is None
     alone, both = (
         rank_next_items(model.dense, replace(catalogue, beside=given), history, targets, batch_size=7)
-        for given in (None, beside)
+        for given in (None, Beside.of(model))
     )
     assert (both > 0).sum() > (alone > 0).sum() > 0
     for rank, target in zip(both, targets, strict=True):
