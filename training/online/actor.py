@@ -101,7 +101,7 @@ class OnlineTrainer:
             return Idle(self._registry, self._log, CONSUMER)
 
     def _publish(self) -> None:
-        if isinstance(self._learner, Idle) and self._registry.current() != self._learner.ref:
+        if isinstance(self._learner, Idle) and self._learner.is_over():
             self._learner = self._take_up()
         try:
             self._learner.publish()

@@ -21,12 +21,20 @@ class Idle:
     """Reads and learns nothing."""
 
     def __init__(self, registry: Registry, log: EventLog, consumer: str) -> None:
-        self.ref: VersionRef = registry.current()
         self._registry = registry
         self._log = log
         self._consumer = consumer
         self._looked_s = float("-inf")
         self.publish()
+
+    @property
+    def ref(self) -> VersionRef:
+        """The promoted version."""
+        return self._registry.current()
+
+    def is_over(self) -> bool:
+        """Whether the promoted version learns."""
+        return self._registry.manifest(VersionRef(self.ref.version)).system == TWO_STAGE
 
     @property
     def applied_seq(self) -> int:

@@ -3,6 +3,7 @@
 import pytest
 
 from cluster.log import EventLog
+from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from training.models.version import ROOT
 from training.online import idle
@@ -57,6 +58,16 @@ def test_what_any_version_that_learns_has_not_learned_is_kept(build_home, log, p
     publish(tiny.registry, offset=0)  # trained anew
     waiting.publish()
     assert waiting.applied_seq == 0
+
+
+def test_it_is_over_once_a_version_that_learns_is_promoted(build_home, log, publish_classical):
+    tiny = build_home()
+    publish_classical(tiny.registry)
+    waiting = Idle(tiny.registry, log, CONSUMER)
+    publish_classical(tiny.registry, "popularity")
+    assert (str(waiting.ref), waiting.is_over()) == ("3.0", False)
+    tiny.registry.promote(VersionRef(1))
+    assert waiting.is_over()
 
 
 def test_what_a_trial_is_judged_by_is_kept(build_home, log, publish_classical):
