@@ -28,8 +28,9 @@ from training.evaluation.page import write_page
 from training.evaluation.report import EASE_ITEM_LIMIT, EASE_REFIT_EVERY
 from training.evaluation.scoreboard import Row, Scoreboard, evaluate
 from training.evaluation.segments import ALL
-from training.evaluation.system import System, VersionSystem
+from training.evaluation.system import ClassicalSystem, System, VersionSystem
 from training.inputs import is_training_event
+from training.models.classical import ServedClassical, load_resident
 from training.models.served import ServedModel
 from training.models.version import RECIPE_FILE, ROOT
 from training.stream import DataConfig
@@ -65,7 +66,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
 
 def load_system(registry: Registry, ref: VersionRef) -> System:
     """Return what a version is evaluated as."""
-    return VersionSystem(ServedModel.load(registry, ref))
+    model = load_resident(registry, ref)
+    if isinstance(model, ServedModel):
+        return VersionSystem(model)
+    assert isinstance(model, ServedClassical), "there are two kinds of versions"
+    return ClassicalSystem(model)
 
 
 def describe(scoreboard: Scoreboard) -> tuple[list[Row], list[Row]]:

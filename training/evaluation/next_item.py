@@ -1,6 +1,7 @@
 """How well the model names the next item: every catalogue item ranked, items the user already has left out.
 
-In:  the dense part, whole tables, a history and which of its interactions to predict.  Out: one rank an interaction.
+In:  the dense part, whole tables, a history and which of its interactions to predict.
+Out: one rank an interaction, the list that would be shown in its place, or the rating that it would be given.
 Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
 
 Shapes: B interactions to predict, I items, K candidates, D dimension.
@@ -16,12 +17,15 @@ from training.baselines.hybrid import known_scores
 from training.baselines.interface import UNKNOWN, Recommender
 from training.evaluation.classical import NextItems
 from training.models.blend import blended
+from training.models.ranker import RATING
 from training.models.served import ServedModel
 from training.models.two_stage import TwoStage
 from training.stream import History, Windows, build_sequences, windows_before
 
 UNRANKED = 0
 """The rank of an item that is not among the candidates."""
+NOT_SHOWN = -1
+"""In place of an item row where a list is short."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,33 +69,29 @@ def rank_next_items(
 
     Targets must not be a user's first interaction. The model is in evaluation mode on return.
     """
-    dense.eval()
-    windows = windows_before(history, targets, dense.config.max_history)
-    ranks = [
-        _rank_batch(dense, catalogue, history, windows.pick(np.arange(start, min(start + batch_size, len(targets)))))
-        for start in range(0, len(targets), batch_size)
-    ]
+    ranks = []
+    for start in range(0, len(targets), batch_size):
+        batch = targets[start : start + batch_size]
+        found_BK = list_next_items(dense, catalogue, history, batch) == history.item_row[batch, None]
+        ranks.append(np.where(found_BK.any(axis=1), found_BK.argmax(axis=1) + 1, UNRANKED))
     return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
 
 
-def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> np.ndarray:
-    sequences = build_sequences(history, windows)
-    device = catalogue.item_ID.device
-    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
-    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0)).to(device)
-    user_BD = dense.user_vectors(
-        catalogue.item_ID[history_BL],
-        torch.from_numpy(sequences.kind_BL).to(device),
-        torch.from_numpy(sequences.value_BL.astype(np.float32)).to(device),
-        torch.from_numpy(sequences.ts_BL).to(device),
-        torch.from_numpy(sequences.item_row_BL != PAD).to(device),
-        catalogue.user_UD[user_row_B],
-    )[:, -1]
+@torch.inference_mode()
+def list_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> np.ndarray:
+    """Return the item rows of the candidates [B, K] as they would be shown in place of each target, best first.
+
+    `NOT_SHOWN` where fewer are left. All targets make one batch, and must not be a user's first interaction. The model
+    is in evaluation mode on return.
+    """
+    dense.eval()
+    windows = windows_before(history, targets, dense.config.max_history)
+    user_BD = _user_vectors(dense, catalogue, history, windows)
     score_BI = user_BD @ catalogue.item_ID.T
     classical_BI, weight = None, 0.0
     if catalogue.beside is not None:
         weight = catalogue.beside.weight
-        classical_BI = catalogue.beside.scores(history, windows.last, score_BI.shape[1]).to(device)
+        classical_BI = catalogue.beside.scores(history, windows.last, score_BI.shape[1]).to(score_BI.device)
         score_BI = blended(score_BI, classical_BI, weight)
     for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
         score_BI[row, history.item_row[start:end]] = float("-inf")
@@ -102,10 +102,34 @@ def _rank_batch(dense: TwoStage, catalogue: Catalogue, history: History, windows
         order_BK = blended(order_BK, classical_BI.gather(1, candidate_BK), weight, score_BK.isfinite())
     order_BK = order_BK.masked_fill(~score_BK.isfinite(), float("-inf"))
     best_BK = order_BK.argsort(dim=1, descending=True, stable=True)
-    target_B1 = torch.from_numpy(history.item_row[windows.last]).to(device).unsqueeze(1)
-    found_BK = (candidate_BK == target_B1) & order_BK.isfinite()
-    place_B = found_BK.gather(1, best_BK).int().argmax(1)
-    return torch.where(found_BK.any(1), place_B + 1, UNRANKED).cpu().numpy()
+    shown_BK = torch.where(order_BK.isfinite(), candidate_BK, NOT_SHOWN).gather(1, best_BK)
+    return shown_BK.cpu().numpy()
+
+
+@torch.inference_mode()
+def rate_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> np.ndarray:
+    """Return the rating [B] that each target's item would be given, as `list_next_items` takes them."""
+    dense.eval()
+    windows = windows_before(history, targets, dense.config.max_history)
+    user_BD = _user_vectors(dense, catalogue, history, windows)
+    item_BD = catalogue.item_ID[torch.from_numpy(history.item_row[targets]).to(user_BD.device)]
+    return dense.ranker(user_BD, item_BD, (user_BD * item_BD).sum(dim=-1))[RATING].cpu().numpy()
+
+
+def _user_vectors(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> torch.Tensor:
+    """Return the user vectors [B, D] at the end of each window."""
+    sequences = build_sequences(history, windows)
+    device = catalogue.item_ID.device
+    user_row_B = torch.from_numpy(sequences.user_row_B).to(device)
+    history_BL = torch.from_numpy(np.maximum(sequences.item_row_BL, 0)).to(device)
+    return dense.user_vectors(
+        catalogue.item_ID[history_BL],
+        torch.from_numpy(sequences.kind_BL).to(device),
+        torch.from_numpy(sequences.value_BL.astype(np.float32)).to(device),
+        torch.from_numpy(sequences.ts_BL).to(device),
+        torch.from_numpy(sequences.item_row_BL != PAD).to(device),
+        catalogue.user_UD[user_row_B],
+    )[:, -1]
 
 
 def _user_starts(history: History, windows: Windows) -> np.ndarray:

@@ -19,9 +19,11 @@ import torch
 from scipy import sparse
 
 from embeddings.vocabulary import UNKNOWN_ROW
+from training.evaluation.classical import NextItems
 from training.evaluation.lists import IntArray
 from training.evaluation.metrics import FloatArray
-from training.evaluation.next_item import NOT_SHOWN, Catalogue, list_next_items, rate_next_items
+from training.evaluation.next_item import NOT_SHOWN, Beside, Catalogue, list_next_items, rate_next_items
+from training.models.classical import ServedClassical
 from training.models.served import ServedModel
 from training.models.version import TEXT_ROWS, USER_ROWS
 from training.stream import History
@@ -148,7 +150,24 @@ class VersionSystem:
         row_U = torch.from_numpy(cases.user_rows(model.state.user_ids))
         user_UD = model.state.rows[USER_ROWS].new_zeros(len(row_U), model.item_ID.shape[1])
         user_UD[row_U != UNKNOWN_ROW] = model.state.rows[USER_ROWS][row_U[row_U != UNKNOWN_ROW]]
-        return Catalogue(item_ID=model.item_ID, user_UD=user_UD)
+        return Catalogue(item_ID=model.item_ID, user_UD=user_UD, beside=Beside.of(model))
+
+
+class ClassicalSystem:
+    """A published version of a classical system, as it would be served."""
+
+    def __init__(self, model: ServedClassical) -> None:
+        self.item_ids: Sequence[str] = model.item_ids
+        self.text_IE: npt.NDArray[np.floating] | None = model.text_IE.numpy()
+        self._fitted, self._user_ids = model.classical, model.state.user_ids
+
+    def scores(self, cases: Cases) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the system's scores by the newest of what each user had before the target."""
+        row_U = cases.user_rows(self._user_ids)
+        for batch in cases.batches():
+            asked = NextItems(batch.history, batch.targets, items=batch.items, max_history=self._fitted.max_history)
+            seen_BI = asked.seen(np.arange(len(asked)))
+            yield self._fitted.system.scores(seen_BI, row_U[batch.history.user_row[batch.targets]])
 
 
 def _by_place(shown_BK: IntArray, items: int) -> npt.NDArray[np.float32]:
