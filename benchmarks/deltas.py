@@ -71,7 +71,7 @@ def main() -> None:
     recipe = load_recipe("movielens", ["tables.spare_rows=0"])
     with tempfile.TemporaryDirectory() as folder:
         registry = Registry(Path(folder))
-        _publish_random(registry, recipe, rows)
+        publish_random(registry, recipe, rows)
         sizes = {row_format: _delta_bytes(registry, recipe, row_format) for row_format in FORMATS}
     table_bytes = 2 * rows * recipe.section(TablesConfig).dim * 4
     shares = {row_format: size["replica"] / table_bytes for row_format, size in sizes.items()}
@@ -92,7 +92,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _publish_random(registry: Registry, recipe: Recipe, rows: int) -> None:
+def publish_random(registry: Registry, recipe: Recipe, rows: int) -> None:
+    """Publish a version of random weights with so many items and users."""
     dim = recipe.section(TablesConfig).dim
     generator = torch.Generator().manual_seed(0)
     dense = TwoStage(recipe.section(ModelConfig), dim, TEXT_DIM)

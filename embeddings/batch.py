@@ -79,6 +79,9 @@ class Batch:
         return Batch(**moved)
 
 
+_OF_SEQUENCES = [f.name for f in fields(Batch) if f.name.endswith(("_B", "_BL"))]
+
+
 def build_batch(sequences: Sequences, negative_rows_S: np.ndarray, text: np.ndarray, log_q: np.ndarray) -> Batch:
     """List the batch's distinct item rows and express its positions in them.
 
@@ -105,4 +108,39 @@ def build_batch(sequences: Sequences, negative_rows_S: np.ndarray, text: np.ndar
         target_rating_BL=torch.from_numpy(sequences.target_rating_BL.astype(np.float32)),
         weight_BL=torch.from_numpy(sequences.weight_BL),
         negative_S=torch.from_numpy(positions[2 * cells :]),
+    )
+
+
+def share_of_batch(batch: Batch, mine_B: torch.Tensor, text: np.ndarray) -> Batch:
+    """Return the batch of some of its sequences alone, with all negatives; of none, a sequence with nothing to learn.
+
+    `text` [rows, E] is indexed by item row; the batch's own may be left out. Everything is in host memory.
+    """
+    own = mine_B if mine_B.any() else torch.tensor([0])
+    parts = {name: getattr(batch, name)[own] for name in _OF_SEQUENCES}
+    if not mine_B.any():
+        parts["has_user_B"], parts["present_BL"] = torch.tensor([False]), torch.zeros_like(parts["present_BL"])
+        parts["target_BL"] = torch.full_like(parts["target_BL"], PAD)
+    # What is padding in all of them is left out.
+    first = int(parts["present_BL"].any(0).int().argmax()) if mine_B.any() else -1
+    parts = {name: part if part.dim() == 1 else part[:, first:] for name, part in parts.items()}
+    history_BL, target_BL = parts["history_BL"], parts["target_BL"]
+    stacked = torch.cat([history_BL.flatten(), target_BL.clamp(min=0).flatten(), batch.negative_S])
+    used_N, positions = stacked.unique(return_inverse=True)
+    parts["history_BL"], target, negative_S = (
+        part.reshape(shape)
+        for part, shape in zip(
+            positions.split([history_BL.numel(), target_BL.numel(), batch.negative_S.numel()]),
+            (history_BL.shape, target_BL.shape, batch.negative_S.shape),
+            strict=True,
+        )
+    )
+    parts["target_BL"] = torch.where(target_BL == PAD, PAD, target)
+    item_rows_N = batch.item_rows_N[used_N]
+    return Batch(
+        item_rows_N=item_rows_N,
+        text_NE=torch.from_numpy(np.asarray(text[item_rows_N.numpy()], np.float32)),
+        log_q_N=batch.log_q_N[used_N],
+        negative_S=negative_S,
+        **parts,
     )

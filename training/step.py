@@ -6,6 +6,7 @@ Knows nothing of epochs, events or files.
 Table rows are updated inside backward by TorchRec's fused row-wise Adagrad, dense weights by AdamW here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -74,7 +75,7 @@ def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def train_step(  # noqa: ANN201  (the model's own named tuple)
-    model: nn.Module, batch: object, optimizers: Optimizers, loss_scale: float = 1.0
+    model: Callable[[Any], Any], batch: object, optimizers: Optimizers, loss_scale: float = 1.0
 ):
     """Collective. Learn one batch and return what the model returned for it, detached.
 

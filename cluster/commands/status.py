@@ -36,14 +36,17 @@ def run(args: argparse.Namespace) -> Result:
 def _describe_registry(registry: Registry) -> Result:
     current = current_or_none(registry)
     if current is None:
-        return {"current": None, "system": None, "versions": 0, "learned_seq": None, "learning": None}
+        nothing = {"learned_seq": None, "learning": None, "learning_workers": None}
+        return {"current": None, "system": None, "versions": 0} | nothing
+    manifest = registry.manifest(current)
     system = registry.manifest(VersionRef(current.version)).system
     return {
         "current": str(current),
         "system": system,
         "versions": len(registry.versions()),
-        "learned_seq": registry.manifest(current).last_seq,
+        "learned_seq": manifest.last_seq,
         "learning": "from the log" if system == TWO_STAGE else f"nothing: {system} is fitted once",
+        "learning_workers": manifest.metrics.get("workers"),
     }
 
 

@@ -4,11 +4,17 @@ In:  a registry, an event log and the encoder's settings.  Out: deltas; `status`
 Knows nothing of how learning works (training/online/learner.py). Crash-only: on any error the process ends, Ray starts
 it again and it goes on after the last published delta. While the promoted version is of a classical system, which has
 nothing to learn, it waits for the next (idle.py).
+
+With `online.workers` above 1 this actor leads: it alone has the log and the registry, and starts the others, actors of
+its own that hold their part of the model and do as they hear (training/online/workers.py). They live and die together:
+a worker that ends ends the leader, and Ray ends what an actor that is gone has started.
 """
 
 import contextlib
+import datetime
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,16 +32,38 @@ from cluster.errors import EngineError, NothingToLearnError
 from cluster.home import Home
 from cluster.log.retention import LogConfig
 from embeddings.tables import device_type
+from training.interface import name_interface
 from training.online.canary import CanaryConfig, CanaryWatch
 from training.online.idle import Idle
 from training.online.learner import CONSUMER, OnlineConfig, OnlineLearner
+from training.online.part import follow
+from training.online.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 1.0
 START_PATIENCE_S = 60.0
+JOIN_PATIENCE = datetime.timedelta(seconds=60)
+"""How long workers wait for each other as they start."""
 CANARY_LOOK_S = 2.0
 """How often a version on trial is judged."""
+
+
+class OnlineFollower:
+    """One of several workers, but not the first."""
+
+    def follow(self, address: tuple[str, int], rank: int, config: OnlineConfig) -> None:
+        """Do what the leader says to the end. Ends the process on any error."""
+        try:
+            torch.set_num_threads(1)
+            os.nice(config.niceness)
+            name_interface()
+            store = dist.TCPStore(*address, is_master=False, timeout=JOIN_PATIENCE)
+            device = device_type()
+            follow(Workers.join(store, rank, config.workers, device), torch.device(device))
+        except BaseException:
+            logger.exception("worker %d of online training failed", rank)
+            os._exit(1)
 
 
 class OnlineTrainer:
@@ -70,6 +98,7 @@ class OnlineTrainer:
         return {
             "ready": True,
             "learns": True,
+            "workers": learner.workers.count,
             "version": str(learner.ref),
             "applied_seq": learner.applied_seq,
             "lag_events": self._log.head_seq() - learner.applied_seq,
@@ -83,10 +112,11 @@ class OnlineTrainer:
 
     def _run(self) -> None:
         try:
-            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+            self._workers = self._gather_workers()
             self._learner = self._take_up()
             self._ready.set()
             self._follow_log()
+            self._workers.end()
         except BaseException:
             logger.exception("online training failed; starting again after the last delta")
             time.sleep(RESTART_PAUSE_S)
@@ -96,7 +126,7 @@ class OnlineTrainer:
         """Return who learns on from the promoted version, or who waits while that has nothing to learn."""
         device = torch.device(device_type())
         try:
-            return OnlineLearner(self._registry, self._log, self._recipe, self._cache_folder, device)
+            return OnlineLearner(self._registry, self._log, self._recipe, self._cache_folder, device, self._workers)
         except NothingToLearnError:
             return Idle(self._registry, self._log, CONSUMER)
 
@@ -107,6 +137,33 @@ class OnlineTrainer:
             self._learner.publish()
         except NothingToLearnError:
             self._learner = Idle(self._registry, self._log, CONSUMER)
+
+    def _gather_workers(self) -> Workers:
+        """Start the other workers and join them."""
+        if self._config.workers == 1:
+            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+            return Workers()
+        name_interface()
+        # Only here, and not on every interface, as the store would listen by itself.
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        address = listener.getsockname()[:2]
+        store = dist.TCPStore(
+            *address, is_master=True, timeout=JOIN_PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        actor_class: Any = ray.remote(OnlineFollower)  # Any: Ray's types do not say what a decorated class offers
+        spread = actor_class.options(num_cpus=0, **gpu_options(self._config), scheduling_strategy="SPREAD")
+        self._followers = [spread.remote() for _ in range(1, self._config.workers)]  # one not referred to is ended
+        ends = [follower.follow.remote(address, rank, self._config) for rank, follower in enumerate(self._followers, 1)]
+        threading.Thread(target=self._watch, args=(ends,), name="online-workers", daemon=True).start()
+        return Workers.join(store, 0, self._config.workers, device_type())
+
+    def _watch(self, ends: list[ray.ObjectRef[None]]) -> None:
+        """End the process when another worker has ended, though nothing be asked of it."""
+        ray.wait(ends, num_returns=1)
+        if not self._stopping.is_set():
+            logger.error("a worker of online training has ended; starting all again after the last delta")
+            time.sleep(RESTART_PAUSE_S)
+            os._exit(1)
 
     def _follow_log(self) -> None:
         published_s = looked_s = time.monotonic()
@@ -121,6 +178,7 @@ class OnlineTrainer:
                 self._canary.look(time.time_ns() // 1_000)
                 looked_s = time.monotonic()
             if not events:
+                self._workers.beat()
                 self._stopping.wait(self._config.poll_interval_ms / 1_000)
         self._publish()
 
@@ -131,23 +189,31 @@ def running_trainer(recipe: Recipe, home: Home) -> Iterator[ActorHandle[OnlineTr
 
     Call it inside a Ray session, with a version promoted. Raises `EngineError` when the trainer does not take it up.
     """
-    if not recipe.section(OnlineConfig).enabled:
+    config = recipe.section(OnlineConfig)
+    if not config.enabled:
         yield None
         return
     actor_class: Any = ray.remote(OnlineTrainer)  # Any: Ray's types do not say what a decorated class offers
-    trainer = actor_class.options(num_cpus=0, max_restarts=-1, max_concurrency=4).remote(recipe.to_toml(), home)
+    options = actor_class.options(num_cpus=0, **gpu_options(config), max_restarts=-1, max_concurrency=4)
+    trainer = options.remote(recipe.to_toml(), home)
     try:
-        _wait_until_ready(trainer)
+        # The others of several workers start after the leader.
+        _wait_until_ready(trainer, START_PATIENCE_S * min(config.workers, 2))
         yield trainer
         ray.get(trainer.stop.remote())
     finally:
         ray.kill(trainer)
 
 
-def _wait_until_ready(trainer: ActorHandle[OnlineTrainer]) -> None:
+def gpu_options(config: OnlineConfig) -> dict[str, int]:
+    """Return what an actor asks of Ray's GPUs: of several workers each has one to itself, where there are any."""
+    return {"num_gpus": 1} if config.workers > 1 and device_type() == "cuda" else {}
+
+
+def _wait_until_ready(trainer: ActorHandle[OnlineTrainer], patience_s: float) -> None:
     try:
-        ready = ray.get(trainer.wait_ready.remote(START_PATIENCE_S))
+        ready = ray.get(trainer.wait_ready.remote(patience_s))
     except RayError as error:
         raise EngineError("online training cannot take up the promoted version; --verbose says why") from error
     if not ready:
-        raise EngineError(f"online training has not taken up the promoted version within {START_PATIENCE_S:.0f} s")
+        raise EngineError(f"online training has not taken up the promoted version within {patience_s:.0f} s")

@@ -61,6 +61,7 @@ from training.online.segments import NEW_USERS, Segments
 from training.online.sent import SentRows
 from training.online.sequences import LiveHistory, build_live_sequences, join_sequences, seen_before
 from training.online.surprise import Surprise, SurpriseConfig
+from training.online.workers import Workers
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler, build_history, build_sequences, windows_before
 
@@ -83,6 +84,8 @@ class OnlineConfig:
     """How the stream is learned."""
 
     enabled: bool = True
+    workers: int = 1
+    """Processes that learn together, each a part of the tables and the users of its own; on GPUs one each."""
     learning_rate: float = 0.00005
     """Of AdamW on the dense weights."""
     table_rate: float = 2.0
@@ -127,6 +130,7 @@ class OnlineConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"online.{name}={getattr(self, name)}: must be above 0")
         for name in (
+            "workers",
             "step_events",
             "max_events",
             "keep_chains",
@@ -162,7 +166,13 @@ class OnlineLearner:
     """The promoted version, learning the log."""
 
     def __init__(
-        self, registry: Registry, log: EventLog, recipe: Recipe, cache_folder: Path | None, device: torch.device
+        self,
+        registry: Registry,
+        log: EventLog,
+        recipe: Recipe,
+        cache_folder: Path | None,
+        device: torch.device,
+        workers: Workers | None = None,
     ) -> None:
         """Take up the promoted version. Raises `NoVersionError`, `CorruptVersionError` or `NothingToLearnError`.
 
@@ -178,6 +188,7 @@ class OnlineLearner:
         self.impressions = Impressions(recipe.section(ImpressionsConfig), recipe.section(JoinConfig))
         self.cache_folder = cache_folder
         self.device = device
+        self.workers = workers or Workers()
         self._follow_pointer(registry.current(), took_up=False)
         self._free_events()  # from now on nothing is dropped that is not learned
 
@@ -192,8 +203,16 @@ class OnlineLearner:
         self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder)
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
-        self.live = LiveModel(state, step, self.config.table_rate, self.device, self.config.seed, sent)
-        self.live.dense.ranked_positions = self.config.ranked_positions
+        self.live = LiveModel(
+            state,
+            step,
+            self.config.table_rate,
+            self.device,
+            self.config.seed,
+            sent,
+            self.config.ranked_positions,
+            self.workers,
+        )
         self.guard = ProgressiveValidation(self.guard_config)
         self._segments = Segments(self.live.counts[: len(self.live.items)], len(self.live.users))
         self._good = deque([(ref, 0)])
@@ -326,7 +345,7 @@ class OnlineLearner:
         self.intake.write(draft)
         self.events_total += self.pending_events
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total}
-        metrics = {"events": self.pending_events} | totals | metrics
+        metrics = {"events": self.pending_events, "workers": self.workers.count} | totals | metrics
         self.ref = draft.publish(first_seq=self._first_seq, last_seq=self.applied_seq, metrics=metrics)
         self.intake.note_published()
         self.live.mark_published(change)

@@ -1,10 +1,11 @@
 """What weights said of interactions beforehand: how likely each was, where it ranked, how sure they were.
 
 In:  towers, sequences with targets or with what was shown after them.  Out: `Predictions`, one entry a target; pairs.
-Knows nothing of learning or of what a prediction is held against.
+Knows nothing of learning or of what a prediction is held against, nor of who holds the towers
+(`training/online/shared_towers.py`: a worker a part of the catalogue).
 
 Shapes: I items, B sequences of L interactions, P targets in row-major order of them, K items shown, D dimension,
-E encoder dimension.
+E encoder dimension, R users.
 """
 
 from collections.abc import Mapping
@@ -62,50 +63,87 @@ class Towers:
         """Work out the catalogue's vectors of whole tables."""
         return cls(dense, dense.item_vectors(rows[ITEM][: len(text_IE)], text_IE), rows[USER])
 
-    def histories(self, sequences: Sequences) -> torch.Tensor:
-        """Return what each interaction and those before it make of their user, without the user's row, [B, L, D]."""
-        device = self.item_ID.device
-        return self.dense.user_vectors(
-            self.item_ID[torch.from_numpy(sequences.item_row_BL).to(device).clamp(min=0)],
-            torch.from_numpy(sequences.kind_BL).to(device),
-            torch.from_numpy(sequences.value_BL).to(device),
-            torch.from_numpy(sequences.ts_BL).to(device),
-            torch.from_numpy(sequences.item_row_BL >= 0).to(device),
-            self.item_ID.new_zeros(len(sequences.user_row_B), self.item_ID.shape[1]),
-        )
-
     def before_targets(self, sequences: Sequences) -> torch.Tensor:
         """Return what the history before each target makes of its user, without the user's row, [P, D]."""
-        return self.histories(sequences)[torch.from_numpy(sequences.target_row_BL >= 0).to(self.item_ID.device)]
+        return self.histories_at(sequences, sequences.target_row_BL >= 0)
+
+    def histories_at(self, sequences: Sequences, at_BL: np.ndarray) -> torch.Tensor:
+        """Return what these interactions and those before them make of their users, without the users' rows, [P, D]."""
+        item_row_BL = torch.from_numpy(sequences.item_row_BL).to(self.item_ID.device).clamp(min=0)
+        return encode_histories(self.dense, sequences, self.item_ID[item_row_BL])[as_tensor(at_BL, self.item_ID)]
 
     def user_rows(self, user_row: np.ndarray) -> torch.Tensor:
         """Return rows of users, zeros for those who have none."""
-        row = torch.from_numpy(user_row).to(self.item_ID.device)
+        row = as_tensor(user_row, self.item_ID)
         return self.user_UD[row.clamp(min=0)] * (row >= 0).unsqueeze(1)
+
+    def write_user_rows(self, user_row_R: np.ndarray, rows_RD: torch.Tensor) -> None:
+        """Write rows of users into the table."""
+        self.user_UD[as_tensor(user_row_R, self.item_ID)] = rows_RD
+
+    def item_vectors(self, item_row_K: np.ndarray) -> torch.Tensor:
+        """Return items' vectors, [K, D]."""
+        return self.item_ID[as_tensor(item_row_K, self.item_ID)]
+
+    def choices(self, user_PD: torch.Tensor, target_row_P: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return log p of what was chosen, its rank, and the greatest p of all items, each [P]."""
+        log_p_PI = (user_PD @ self.item_ID.T).log_softmax(1)
+        log_p_P1 = log_p_PI.gather(1, as_tensor(target_row_P, self.item_ID).unsqueeze(1))
+        return log_p_P1.squeeze(1), (log_p_PI >= log_p_P1).sum(1), log_p_PI.amax(1).exp()
+
+    def log_z(self, user_BD: torch.Tensor) -> torch.Tensor:
+        """Return the log of the sum of all items' exponentiated scores, [B]."""
+        return (user_BD @ self.item_ID.T).logsumexp(1)
+
+    def expected_items(self, user_RD: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the item vectors, each by its probability for the user, [R, D]."""
+        return (user_RD @ self.item_ID.T).softmax(1) @ self.item_ID
+
+    def mean_length_square(self) -> torch.Tensor:
+        """Return the mean of the item vectors' squared lengths."""
+        return self.item_ID.square().sum(1).mean()
+
+    def mean_square(self) -> torch.Tensor:
+        """Return the mean square of what item vectors consist of."""
+        return self.item_ID.square().mean()
 
 
 @torch.inference_mode()
 def predict(towers: Towers, sequences: Sequences) -> Predictions:
     """Predict every target of the sequences among the items that have a text vector."""
-    item_ID = towers.item_ID
     has_target_BL = sequences.target_row_BL >= 0
     user_PD = towers.before_targets(sequences) + towers.user_rows(sequences.user_row_B[np.nonzero(has_target_BL)[0]])
-    target_P1 = torch.from_numpy(sequences.target_row_BL[has_target_BL]).to(item_ID.device).unsqueeze(1)
-    log_p_PI = (user_PD @ item_ID.T).log_softmax(1)
-    log_p_P1 = log_p_PI.gather(1, target_P1)
+    log_p_P, rank_P, confidence_P = towers.choices(user_PD, sequences.target_row_BL[has_target_BL])
     return Predictions(
-        loss_P=-log_p_P1.squeeze(1).cpu().numpy(),
-        rank_P=(log_p_PI >= log_p_P1).sum(1).cpu().numpy(),
-        confidence_P=log_p_PI.amax(1).exp().cpu().numpy(),
+        loss_P=-log_p_P.cpu().numpy(), rank_P=rank_P.cpu().numpy(), confidence_P=confidence_P.cpu().numpy()
     )
 
 
 @torch.inference_mode()
 def predict_shown(towers: Towers, sequences: Sequences, sequence_K: np.ndarray, item_row_K: np.ndarray) -> ShownPairs:
     """Return what the towers and the click head make of items, each shown after all of a sequence."""
-    user_BD = towers.histories(sequences)[:, -1] + towers.user_rows(sequences.user_row_B)
-    log_z_B = (user_BD @ towers.item_ID.T).logsumexp(1)
-    user_KD, item_KD = user_BD[sequence_K], towers.item_ID[item_row_K]
+    last_BL = np.zeros(sequences.item_row_BL.shape, bool)
+    last_BL[:, -1] = True
+    user_BD = towers.histories_at(sequences, last_BL) + towers.user_rows(sequences.user_row_B)
+    log_z_B = towers.log_z(user_BD)
+    user_KD, item_KD = user_BD[sequence_K], towers.item_vectors(item_row_K)
     log_p_K = (user_KD * item_KD).sum(1) - log_z_B[sequence_K]
     logit_K = towers.dense.ranker(user_KD, item_KD, log_p_K)[CLICK]
     return ShownPairs(user_KD.cpu(), item_KD.cpu(), logit_K.cpu())
+
+
+def encode_histories(dense: TwoStage, sequences: Sequences, item_BLD: torch.Tensor) -> torch.Tensor:
+    """Return what each interaction and those before it make of their user, without the user's row, [B, L, D]."""
+    return dense.user_vectors(
+        item_BLD,
+        as_tensor(sequences.kind_BL, item_BLD),
+        as_tensor(sequences.value_BL, item_BLD),
+        as_tensor(sequences.ts_BL, item_BLD),
+        as_tensor(sequences.item_row_BL >= 0, item_BLD),
+        item_BLD.new_zeros(item_BLD.shape[0], item_BLD.shape[2]),
+    )
+
+
+def as_tensor(array: np.ndarray, beside: torch.Tensor) -> torch.Tensor:
+    """Return the array as a tensor on the device of another."""
+    return torch.from_numpy(array).to(beside.device)

@@ -7,7 +7,7 @@ delta: what rounding or the threshold keeps back adds up until it is sent.
 Without rounding or threshold replicas have what the trainer has, and nothing is kept here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -40,21 +40,21 @@ class SentRows:
             self._kept_back[name] = set(differs.nonzero().squeeze(1).tolist()) if self._threshold else set()
 
     def choose(
-        self, name: str, trained: torch.Tensor, touched: set[int], anyway: set[int]
+        self, name: str, trained: Callable[[torch.Tensor], torch.Tensor], touched: set[int], anyway: set[int]
     ) -> tuple[torch.Tensor, QuantizedRows]:
         """Return the index and the rounded rows to send: those touched that replicas would see change enough.
 
-        Rows of `anyway` are sent whether they have changed or not.
+        `trained` returns the trainer's rows of an index. Rows of `anyway` are sent whether they have changed or not.
         """
         if not self.is_lossy:
             index = torch.tensor(sorted(touched), dtype=torch.int64)
-            return index, QuantizedRows(trained[index])
+            return index, QuantizedRows(trained(index))
         looked_at = touched | self._kept_back[name]
         self._looked_at[name] = looked_at
         index = torch.tensor(sorted(looked_at), dtype=torch.int64)
-        held = self._held[name][index]
-        rounded = quantize(trained[index], held, self._format)
-        change = (trained[index] - held).norm(dim=1)
+        held, own = self._held[name][index], trained(index)
+        rounded = quantize(own, held, self._format)
+        change = (own - held).norm(dim=1)
         chosen = (rounded.applied_to(held) != held).any(1) & ~(change <= self._threshold * held.norm(dim=1))
         chosen |= torch.isin(index, torch.tensor(sorted(anyway), dtype=torch.int64))
         return index[chosen], rounded.take(chosen)

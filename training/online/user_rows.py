@@ -10,29 +10,29 @@ plain SGD on −log softmax over the whole catalogue, one interaction after the 
 so that `rate` is by how much, about, the score of the item chosen rises. No sampled negatives: with them, a rate that
 pays is lost in noise.
 
-Shapes: B users, R of them with another target, I items, D dimension, P targets.
+Shapes: B users, R of them with another target, D dimension, P targets.
 """
 
 import numpy as np
 import torch
 
 from embeddings.batch import PAD, Sequences
-from training.online.predictions import Towers
+from training.online.predictions import Towers, as_tensor
 
 
 @torch.no_grad()
 def learn_user_rows(towers: Towers, sequences: Sequences, rate: float) -> None:
     """Move in place the rows of users who have one; a user's sequence is their only one."""
-    item_ID, history_PD = towers.item_ID, towers.before_targets(sequences)
-    step = rate / item_ID.square().sum(1).mean().clamp(min=torch.finfo(item_ID.dtype).tiny)
+    history_PD = towers.before_targets(sequences)
+    step = rate / towers.mean_length_square().clamp(min=torch.finfo(history_PD.dtype).tiny)
     b_P, l_P = np.nonzero(sequences.target_row_BL != PAD)
     turn_P = np.arange(len(b_P)) - np.searchsorted(b_P, b_P)  # a user's first target, second, …
     has_row_P = sequences.user_row_B[b_P] >= 0
     for turn in range(turn_P.max(initial=-1) + 1):
         now_R = np.flatnonzero((turn_P == turn) & has_row_P)
-        user_R = torch.from_numpy(sequences.user_row_B[b_P[now_R]]).to(item_ID.device)
-        target_R = torch.from_numpy(sequences.target_row_BL[b_P[now_R], l_P[now_R]]).to(item_ID.device)
-        weight_R = torch.from_numpy(sequences.weight_BL[b_P[now_R], l_P[now_R]]).to(item_ID.device)
-        row_RD = towers.user_UD[user_R]
-        expected_RD = ((history_PD[now_R] + row_RD) @ item_ID.T).softmax(1) @ item_ID
-        towers.user_UD[user_R] = row_RD + step * weight_R.unsqueeze(1) * (item_ID[target_R] - expected_RD)
+        user_R, place_R = sequences.user_row_B[b_P[now_R]], (b_P[now_R], l_P[now_R])
+        weight_R1 = as_tensor(sequences.weight_BL[place_R], history_PD).unsqueeze(1)
+        row_RD = towers.user_rows(user_R)
+        expected_RD = towers.expected_items(history_PD[now_R] + row_RD)
+        target_RD = towers.item_vectors(sequences.target_row_BL[place_R])
+        towers.write_user_rows(user_R, row_RD + step * weight_R1 * (target_RD - expected_RD))

@@ -57,6 +57,13 @@ def test_status_tells_the_learned_event_from_the_logged_one(build_home, capsys):
     assert status["server_answers"] == "no"
 
 
+def test_status_says_how_many_workers_learn(build_home, capsys):
+    tiny = build_home()
+    assert ask(tiny, capsys, "status", "--url", "http://127.0.0.1:9")["learning_workers"] is None  # nobody has yet
+    tiny.registry.draft_delta(1).publish(first_seq=1, last_seq=4, metrics={"workers": 2})
+    assert ask(tiny, capsys, "status", "--url", "http://127.0.0.1:9")["learning_workers"] == 2
+
+
 def test_a_status_address_that_is_none_is_an_error(build_home, capsys):
     assert main(["status", "--home", str(build_home().home.path), "--url", "nonsense"]) == 2
     assert "--url nonsense" in capsys.readouterr().err

@@ -73,5 +73,5 @@ def test_batches_do_not_show():
     seen = split.fitted_UI.toarray() > 0
     for user in range(0, len(ranks), 37):
         left = [i for i in range(40) if not seen[user, i] and i != split.validation_U[user]]
-        order = sorted(left, key=lambda i: (-model.count_I[i], i))
+        order = sorted(left, key=lambda i: (-model.popularity_I[i], i))
         assert ranks[user] == order.index(split.test_U[user]) + 1

@@ -2,10 +2,12 @@
 
 import contextlib
 import multiprocessing
+import os
 import random
 import time
 from collections import Counter
 
+import psutil
 import pytest
 import ray
 
@@ -108,6 +110,40 @@ def test_a_killed_actor_is_started_again_and_goes_on(ray_cluster, build_home):
         log.append(tiny.live_events(20, first=20))
         wait_for(lambda: learned_seq(tiny) == 40)
     assert sum(m.metrics["events"] for m in tiny.registry.deltas(1)) == 40
+
+
+def workers_of(trainer) -> dict[str, psutil.Process]:
+    """Return the trainer's processes by their titles."""
+    root = psutil.Process(ray.get(trainer.__ray_call__.remote(lambda _: os.getpid())))
+    session = root.parent()
+    assert session is not None
+    titles = [(" ".join(process.cmdline()).partition(".")[0].strip(), process) for process in session.children()]
+    return {title: process for title, process in titles if title.startswith("ray::Online")}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("killed", ["ray::OnlineFollower", pytest.param("ray::OnlineTrainer", marks=pytest.mark.slow)])
+def test_two_workers_learn_each_event_once_whichever_of_them_is_killed(ray_cluster, build_home, killed):
+    tiny = build_home("online.workers=2", "online.step_events=3", "online.publish_interval_ms=1")
+    with EventLog(tiny.home.log) as log, running_trainer(tiny.recipe, tiny.home) as trainer:
+        seed(log, tiny)
+        log.append(tiny.live_events(30))
+        wait_for(lambda: learned_seq(tiny) > 0)
+        learning = workers_of(trainer)
+        assert set(learning) == {"ray::OnlineFollower", "ray::OnlineTrainer"}
+        learning[killed].kill()
+        log.append(tiny.live_events(30, first=30))
+        wait_for(lambda: learned_seq(tiny) == 60, patience_s=4 * PATIENCE_S)
+        assert not any(process.is_running() for process in learning.values()), "one worker outlived the other"
+        status = ray.get(trainer.status.remote())
+        assert (status["workers"], status["lag_events"]) == (2, 0)
+    deltas = tiny.registry.deltas(1)
+    assert [m.first_seq for m in deltas] == [1, *(m.last_seq + 1 for m in deltas[:-1])]
+    assert sum(m.metrics["events"] for m in deltas) == deltas[-1].metrics["events_total"] == 60
+    assert {m.metrics["workers"] for m in deltas} == {2}
+    before, after = (read_version(tiny.registry, ref) for ref in (VersionRef(1), tiny.registry.current()))
+    counted = dict(zip(after.item_ids, (after.rows[COUNT_ROWS] - before.rows[COUNT_ROWS]).tolist(), strict=True))
+    assert Counter(counted) == Counter(event.item_id for event in tiny.live_events(60))
 
 
 def test_a_recipe_that_turns_online_training_off_starts_nothing(build_home):

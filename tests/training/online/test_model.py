@@ -239,20 +239,20 @@ def test_a_new_user_takes_over_the_row_that_learned_least_once_the_table_is_full
     tiny = build_home("tables.spare_rows=1")
     live = take_up(tiny)
     for row in range(tiny.USERS):
-        live._rows["user.momentum"][row] = 1.0 + (row != 2)
-        live._rows["user"][row] = 5.0
+        live.part.pieces["user.momentum"].values[row] = 1.0 + (row != 2)
+        live.part.pieces["user"].values[row] = 5.0
     live.count("i1", "first newcomer")  # takes the spare row
     live.count("i1", "second newcomer")
     assert live.users.row("second newcomer") == 2
     assert live.users.row("u2") == -1
-    assert live._rows["user"][2].tolist() == [0.0] * 8
-    assert live._rows["user.momentum"][2] == 0.0
+    assert live.part.pieces["user"].values[2].tolist() == [0.0] * 8
+    assert live.part.pieces["user.momentum"].values[2] == 0.0
 
 
 def test_serving_and_a_trainer_that_starts_again_see_the_row_s_new_owner_alone(build_home):
     tiny = build_home("tables.spare_rows=1")
     live = take_up(tiny)
-    live._rows["user.momentum"][: tiny.USERS] = torch.arange(1.0, tiny.USERS + 1)
+    live.part.pieces["user.momentum"].values[: tiny.USERS] = torch.arange(1.0, tiny.USERS + 1)
     for name in ("first newcomer", "second newcomer"):
         live.count("i1", name)
     learn(live, history(live.users.row("second newcomer"), "i1", "i2", "i3"))
@@ -260,7 +260,7 @@ def test_serving_and_a_trainer_that_starts_again_see_the_row_s_new_owner_alone(b
     served = ServedModel.load(tiny.registry, ref)
     assert served.user_row["second newcomer"] == 0
     assert "u0" not in served.user_row
-    assert torch.equal(served.state.rows[USER_ROWS][0], live._rows["user"][0])
+    assert torch.equal(served.state.rows[USER_ROWS][0], live.part.pieces["user"].values[0])
     again = take_up(tiny, ref)
     assert again.users.ids == live.users.ids
     assert_same_tensors(again.tensors()[0], live.tensors()[0])

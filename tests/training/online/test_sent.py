@@ -13,7 +13,7 @@ from training.online.sent import SentRows
 
 
 def send(sent: SentRows, trained: torch.Tensor, touched: set[int], replica: torch.Tensor) -> list[int]:
-    index, rows = sent.choose("item", trained, touched, set())
+    index, rows = sent.choose("item", trained.__getitem__, touched, set())
     replica[index] = rows.applied_to(replica[index])
     sent.note({"item": (index, rows)})
     return index.tolist()
@@ -59,7 +59,7 @@ def test_rows_named_are_sent_though_nothing_changed():
     trained = torch.zeros(3, 2)
     sent = SentRows("int8", 0.0)
     sent.start({"item": (trained, trained)})
-    assert sent.choose("item", trained, {0, 2}, {2})[0].tolist() == [2]
+    assert sent.choose("item", trained.__getitem__, {0, 2}, {2})[0].tolist() == [2]
 
 
 @pytest.mark.usefixtures("process_group")
