@@ -72,6 +72,10 @@ class Towers:
         item_row_BL = torch.from_numpy(sequences.item_row_BL).to(self.item_ID.device).clamp(min=0)
         return encode_histories(self.dense, sequences, self.item_ID[item_row_BL])[as_tensor(at_BL, self.item_ID)]
 
+    def users_at(self, sequences: Sequences, at_BL: np.ndarray) -> torch.Tensor:
+        """Return users after these interactions, with their rows, [P, D]."""
+        return self.histories_at(sequences, at_BL) + self.user_rows(sequences.user_row_B[np.nonzero(at_BL)[0]])
+
     def user_rows(self, user_row: np.ndarray) -> torch.Tensor:
         """Return rows of users, zeros for those who have none."""
         row = as_tensor(user_row, self.item_ID)
@@ -95,9 +99,9 @@ class Towers:
         """Return the log of the sum of all items' exponentiated scores, [B]."""
         return (user_BD @ self.item_ID.T).logsumexp(1)
 
-    def expected_items(self, user_RD: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the item vectors, each by its probability for the user, [R, D]."""
-        return (user_RD @ self.item_ID.T).softmax(1) @ self.item_ID
+    def ascent(self, user_RD: torch.Tensor, target_row_R: np.ndarray) -> torch.Tensor:
+        """Return the gradient of what was chosen's log p for its user: its vector less the expected one, [R, D]."""
+        return self.item_vectors(target_row_R) - (user_RD @ self.item_ID.T).softmax(1) @ self.item_ID
 
     def mean_length_square(self) -> torch.Tensor:
         """Return the mean of the item vectors' squared lengths."""
@@ -112,7 +116,7 @@ class Towers:
 def predict(towers: Towers, sequences: Sequences) -> Predictions:
     """Predict every target of the sequences among the items that have a text vector."""
     has_target_BL = sequences.target_row_BL >= 0
-    user_PD = towers.before_targets(sequences) + towers.user_rows(sequences.user_row_B[np.nonzero(has_target_BL)[0]])
+    user_PD = towers.users_at(sequences, has_target_BL)
     log_p_P, rank_P, confidence_P = towers.choices(user_PD, sequences.target_row_BL[has_target_BL])
     return Predictions(
         loss_P=-log_p_P.cpu().numpy(), rank_P=rank_P.cpu().numpy(), confidence_P=confidence_P.cpu().numpy()
@@ -124,7 +128,7 @@ def predict_shown(towers: Towers, sequences: Sequences, sequence_K: np.ndarray, 
     """Return what the towers and the click head make of items, each shown after all of a sequence."""
     last_BL = np.zeros(sequences.item_row_BL.shape, bool)
     last_BL[:, -1] = True
-    user_BD = towers.histories_at(sequences, last_BL) + towers.user_rows(sequences.user_row_B)
+    user_BD = towers.users_at(sequences, last_BL)
     log_z_B = towers.log_z(user_BD)
     user_KD, item_KD = user_BD[sequence_K], towers.item_vectors(item_row_K)
     log_p_K = (user_KD * item_KD).sum(1) - log_z_B[sequence_K]

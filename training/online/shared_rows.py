@@ -1,7 +1,7 @@
 """Rows that workers hold between them, a block each: read from anywhere, handed out and gathered whole.
 
 In:  this worker's block, rows by their number in the whole table.  Out: those rows, or the whole.
-Knows nothing of models. Every function is collective: all workers call it with the same rows.
+Knows nothing of models. All workers call a function together, with the same rows.
 
     worker 0 │ rows 0 … r−1        collect [1 r 7]    0: v₁ 0 0
     worker 1 │ rows r … 2r−1                          1: 0 v_r 0        the sum is what everyone gets
@@ -18,10 +18,16 @@ from embeddings.tables import Piece
 
 def collect_rows(piece: Piece, row_N: torch.Tensor) -> torch.Tensor:
     """Collective. Return rows of the whole table, [N, …], to every worker."""
+    found = own_rows(piece, row_N)
+    dist.all_reduce(found)  # collective
+    return found
+
+
+def own_rows(piece: Piece, row_N: torch.Tensor) -> torch.Tensor:
+    """Return rows of the whole table, [N, …], with zeros for those that are not in this worker's block."""
     own_N = owns(piece, row_N)
     found = piece.values.new_zeros((len(row_N), *piece.values.shape[1:]))
     found[own_N] = piece.values[row_N[own_N] - piece.first_row]
-    dist.all_reduce(found)  # collective
     return found
 
 

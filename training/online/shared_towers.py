@@ -22,7 +22,7 @@ from embeddings.batch import Sequences
 from embeddings.tables import ITEM, USER, Piece
 from training.models.two_stage import TwoStage
 from training.online.predictions import Towers, as_tensor, encode_histories
-from training.online.shared_rows import collect_rows, owns
+from training.online.shared_rows import collect_rows, own_rows, owns
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,19 @@ class SharedTowers(Towers):
 
     def histories_at(self, sequences: Sequences, at_BL: np.ndarray) -> torch.Tensor:
         """Collective. Encode this worker's sequences; return what all workers have encoded, [P, D]."""
+        found_PD = self._own_histories_at(sequences, at_BL)
+        dist.all_reduce(found_PD)  # collective: of each, one worker has it, and all others zeros
+        return found_PD
+
+    def users_at(self, sequences: Sequences, at_BL: np.ndarray) -> torch.Tensor:
+        """Collective. Return users after these interactions, with their rows, [P, D]."""
+        user_row_P = as_tensor(sequences.user_row_B[np.nonzero(at_BL)[0]], self.user_UD)
+        found_PD = self._own_histories_at(sequences, at_BL) + own_rows(self._users, user_row_P)
+        dist.all_reduce(found_PD)  # collective: one worker has the history, one the row
+        return found_PD
+
+    def _own_histories_at(self, sequences: Sequences, at_BL: np.ndarray) -> torch.Tensor:
+        """Collective. Return what `histories_at` does, with zeros for the sequences of other workers."""
         item_row_N, position_BL = np.unique(np.maximum(sequences.item_row_BL, 0), return_inverse=True)
         item_ND = self.item_vectors(item_row_N)
         mine_B = self.worker_B == dist.get_rank()
@@ -55,28 +68,27 @@ class SharedTowers(Towers):
             own_BLD = encode_histories(self.dense, own, item_ND[position_BL])
             mine_P = np.broadcast_to(mine_B[:, np.newaxis], at_BL.shape)[at_BL]
             found_PD[as_tensor(mine_P, item_ND)] = own_BLD[as_tensor(at_BL[mine_B, first:], item_ND)]
-        dist.all_reduce(found_PD)  # collective: all others have zeros there
         return found_PD
 
     def user_rows(self, user_row: np.ndarray) -> torch.Tensor:
         """Collective. Return rows of users, zeros for those who have none."""
-        return collect_rows(Piece(self.first_user, self.user_UD, 0), as_tensor(user_row, self.user_UD))
+        return collect_rows(self._users, as_tensor(user_row, self.user_UD))
 
     def write_user_rows(self, user_row_R: np.ndarray, rows_RD: torch.Tensor) -> None:
         """Write those of the users' rows that this worker holds."""
         row_R = as_tensor(user_row_R, self.user_UD)
-        own_R = owns(Piece(self.first_user, self.user_UD, 0), row_R)
+        own_R = owns(self._users, row_R)
         self.user_UD[row_R[own_R] - self.first_user] = rows_RD[own_R]
 
     def item_vectors(self, item_row_K: np.ndarray) -> torch.Tensor:
         """Collective. Return items' vectors, [K, D]."""
-        return collect_rows(Piece(self.first_item, self.item_ID, 0), as_tensor(item_row_K, self.item_ID))
+        return collect_rows(self._items, as_tensor(item_row_K, self.item_ID))
 
     def choices(self, user_PD: torch.Tensor, target_row_P: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Collective. Return log p of what was chosen, its rank, and the greatest p of all items, each [P]."""
         score_PI = user_PD @ self.item_ID.T
         target_P = as_tensor(target_row_P, self.item_ID)
-        own_P = owns(Piece(self.first_item, self.item_ID, 0), target_P)
+        own_P = owns(self._items, target_P)
         target_score_P = score_PI.new_zeros(len(target_P))
         target_score_P[own_P] = score_PI[own_P, target_P[own_P] - self.first_item]
         parts_W3P = _everyones(torch.stack([score_PI.logsumexp(1), _greatest(score_PI), target_score_P]))
@@ -90,15 +102,17 @@ class SharedTowers(Towers):
         """Collective. Return the log of the sum of all items' exponentiated scores, [B]."""
         return _everyones((user_BD @ self.item_ID.T).logsumexp(1)).logsumexp(0)
 
-    def expected_items(self, user_RD: torch.Tensor) -> torch.Tensor:
-        """Collective. Return the mean of the item vectors, each by its probability for the user, [R, D]."""
+    def ascent(self, user_RD: torch.Tensor, target_row_R: np.ndarray) -> torch.Tensor:
+        """Collective. Return the gradient of what was chosen's log p for its user, [R, D]."""
         score_RI = user_RD @ self.item_ID.T
         greatest_R = _greatest(score_RI)
         weight_RI = (score_RI - greatest_R.unsqueeze(1)).exp()
-        sums = [weight_RI @ self.item_ID, weight_RI.sum(1, keepdim=True), greatest_R.unsqueeze(1)]
-        sum_WRD, total_WR1, greatest_WR1 = _everyones(torch.cat(sums, 1)).split([user_RD.shape[1], 1, 1], 2)
+        target_RD = own_rows(self._items, as_tensor(target_row_R, self.item_ID))
+        sums = [target_RD, weight_RI @ self.item_ID, weight_RI.sum(1, keepdim=True), greatest_R.unsqueeze(1)]
+        dim = user_RD.shape[1]
+        target_WRD, sum_WRD, total_WR1, greatest_WR1 = _everyones(torch.cat(sums, 1)).split([dim, dim, 1, 1], 2)
         scale_WR1 = (greatest_WR1 - greatest_WR1.amax(0)).exp()
-        return (scale_WR1 * sum_WRD).sum(0) / (scale_WR1 * total_WR1).sum(0)
+        return target_WRD.sum(0) - (scale_WR1 * sum_WRD).sum(0) / (scale_WR1 * total_WR1).sum(0)
 
     def mean_length_square(self) -> torch.Tensor:
         """Collective. Return the mean of the item vectors' squared lengths."""
@@ -109,6 +123,14 @@ class SharedTowers(Towers):
     def mean_square(self) -> torch.Tensor:
         """Collective. Return the mean square of what item vectors consist of."""
         return self.mean_length_square() / self.item_ID.shape[1]
+
+    @property
+    def _items(self) -> Piece:
+        return Piece(self.first_item, self.item_ID, 0)
+
+    @property
+    def _users(self) -> Piece:
+        return Piece(self.first_user, self.user_UD, 0)
 
 
 def _without_padding(sequences: Sequences, mine_B: np.ndarray) -> tuple[Sequences, int]:

@@ -33,6 +33,5 @@ def learn_user_rows(towers: Towers, sequences: Sequences, rate: float) -> None:
         user_R, place_R = sequences.user_row_B[b_P[now_R]], (b_P[now_R], l_P[now_R])
         weight_R1 = as_tensor(sequences.weight_BL[place_R], history_PD).unsqueeze(1)
         row_RD = towers.user_rows(user_R)
-        expected_RD = towers.expected_items(history_PD[now_R] + row_RD)
-        target_RD = towers.item_vectors(sequences.target_row_BL[place_R])
-        towers.write_user_rows(user_R, row_RD + step * weight_R1 * (target_RD - expected_RD))
+        ascent_RD = towers.ascent(history_PD[now_R] + row_RD, sequences.target_row_BL[place_R])
+        towers.write_user_rows(user_R, row_RD + step * weight_R1 * ascent_RD)
