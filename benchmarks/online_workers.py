@@ -5,7 +5,8 @@
 In:  random versions of 10,000 and of 100,000 items and users at dimension 64, text vectors of 384; steps of 64 events,
 one a user, after 50 interactions each, with 1,024 negatives and 4 sequences of the past.
 Out: events a second of everything the trainer has the model do for them: predict by base and present weights, users'
-own rows, train step. Rows that a worker holds. Without the log, histories, the guard's verdicts and publishing, which
+own rows, train step; processor time a step of the worker that leads, which waits for nobody; rows that it holds.
+Without the log, histories, the guard's verdicts and publishing, which
 the leader alone does.
 Bound by the catalogue: its vectors are worked out and scored anew in every step, each worker its part; beside it by the
 exchange of rows and gradients, which one worker does not pay, and by what each worker repeats (negatives, dense step).
@@ -13,11 +14,14 @@ Every worker has one thread: two use two cores. One worker takes the path withou
 """
 
 import multiprocessing
+import os
 import tempfile
 import time
 from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,23 +40,33 @@ from training.online.learner import OnlineConfig
 from training.online.model import LiveModel
 from training.online.part import follow
 from training.online.sequences import join_sequences
-from training.online.workers import Workers
+from training.online.workers import PATIENCE, Workers, open_store
 from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler
 
+HOST = "127.0.0.1"
 EVENTS, HISTORY, REHEARSED = 64, 50, 4
 WARM_UPS = 3
 """Steps of each turn that are not counted."""
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
+class Leader(NamedTuple):
+    """What the worker that leads found."""
+
+    events_s: float
+    cpu_ms: float
+    """Processor time of a step, of all its threads."""
+    item_rows: int
+
+
 def main() -> None:
     """Measure both catalogues with one and two workers."""
     args = build_parser(__doc__, repeats=5).parse_args()
     sizes = {"small": 2_000, "large": 10_000} if args.quick else {"small": 10_000, "large": 100_000}
-    steps = 5 if args.quick else 20
+    steps = 5 if args.quick else 10
     PROCESSES.set_forkserver_preload(["training.online.part", "torchrec.distributed.model_parallel"])
-    rows_held: dict[str, int] = {}
+    leaders: dict[str, list[Leader]] = {}
     turns: dict[str, Turns] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in sizes.items():
@@ -60,8 +74,9 @@ def main() -> None:
             publish_random(Registry(registry), load_recipe("movielens", ["tables.spare_rows=0"]), rows)
 
             def events_s(workers: int, registry: Path = registry, name: str = name) -> float:
-                rate, rows_held[f"{name}_{workers}"] = _learn_apart(registry, workers, steps)
-                return rate
+                found = _learn_apart(registry, workers, steps)
+                leaders.setdefault(f"{name}_{workers}", []).append(found)
+                return found.events_s
 
             turns[name] = interleave(
                 {"one": lambda each=events_s: each(1), "two": lambda each=events_s: each(2)},
@@ -70,7 +85,7 @@ def main() -> None:
             )
     checks = [
         build_check("two_over_one_large", turns["large"].ratio("two", "one"), ">=1.2"),
-        build_check("rows_a_worker_holds_of_two", rows_held["large_2"] / sizes["large"], "<=0.5"),
+        build_check("rows_a_worker_holds_of_two", leaders["large_2"][0].item_rows / sizes["large"], "<=0.5"),
     ]
     for name, found in turns.items():
         print(f"{name:5} {sizes[name]:>9,} items   one {found.median('one'):>8,.0f} events/s   ", end="")
@@ -79,18 +94,19 @@ def main() -> None:
         "events_per_s": {name: found.summary() for name, found in turns.items()},
         "steps_per_s": {n: {w: found.median(w) / EVENTS for w in ("one", "two")} for n, found in turns.items()},
         "two_over_one": {name: found.ratio("two", "one") for name, found in turns.items()},
-        "item_rows_held": rows_held,
+        "leader_cpu_ms_a_step": {name: median(one.cpu_ms for one in found) for name, found in leaders.items()},
+        "item_rows_held": {name: found[0].item_rows for name, found in leaders.items()},
     }
     config = {"events": EVENTS, "history": HISTORY, "steps": steps, "sizes": sizes, "quick": args.quick}
     print_result(results=results, config=config, checks=checks)
 
 
-def _learn_apart(registry: Path, workers: int, steps: int) -> tuple[float, int]:
-    """Learn in processes of their own; return events a second, and how many item rows the first worker holds."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def _learn_apart(registry: Path, workers: int, steps: int) -> Leader:
+    """Learn in processes of their own."""
+    _store, port = open_store(HOST, PATIENCE)  # there until all have met
     end, leaders = PROCESSES.Pipe()
     processes = [
-        PROCESSES.Process(target=_work, args=(store.port, rank, workers, registry, steps, leaders), daemon=True)
+        PROCESSES.Process(target=_work, args=(port, rank, workers, registry, steps, leaders), daemon=True)
         for rank in range(workers)
     ]
     for process in processes:
@@ -105,12 +121,13 @@ def _learn_apart(registry: Path, workers: int, steps: int) -> tuple[float, int]:
 
 
 def _work(port: int, rank: int, count: int, registry: Path, steps: int, end: Connection) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore(HOST, port, is_master=False)
     workers, device = Workers.join(store, rank, count, "cpu"), torch.device("cpu")
     if rank == 0:
         live = _take_up(registry, workers, device)
-        end.send((_measure(live, steps), len(live.part.pieces[ITEM].values)))
+        end.send(Leader(*_measure(live, steps), len(live.part.pieces[ITEM].values)))
         workers.end()
     else:
         end.close()
@@ -127,15 +144,15 @@ def _take_up(registry: Path, workers: Workers, device: torch.device) -> LiveMode
     )
 
 
-def _measure(live: LiveModel, steps: int) -> float:
-    """Return events a second over the steps, as training/online/learner.py takes them."""
+def _measure(live: LiveModel, steps: int) -> tuple[float, float]:
+    """Return events a second and processor time a step, over steps as training/online/learner.py takes them."""
     online, data = OnlineConfig(), DataConfig()
     rng = np.random.default_rng(0)
     sampler = NegativeSampler(live.counts, data.negative_power)
-    begun_s = 0.0
+    begun_s = cpu_s = 0.0
     for number in range(WARM_UPS + steps):
         if number == WARM_UPS:
-            begun_s = time.perf_counter()
+            begun_s, cpu_s = time.perf_counter(), time.process_time()
         sequences = _sequences(rng, len(live.items), EVENTS, new=1)
         live.predict_base(sequences)
         live.predict(sequences)
@@ -144,7 +161,7 @@ def _measure(live: LiveModel, steps: int) -> float:
         batch = build_batch(sequences, sampler.draw(data.negatives, rng), live.text, sampler.log_q)
         live.learn(batch, float((sequences.target_row_BL != PAD).sum()) / online.batch_targets)
     live.item_scale()  # whatever has been told to the other workers is done when this returns
-    return steps * EVENTS / (time.perf_counter() - begun_s)
+    return steps * EVENTS / (time.perf_counter() - begun_s), (time.process_time() - cpu_s) / steps * 1_000
 
 
 def _sequences(rng: np.random.Generator, rows: int, users: int, new: int) -> Sequences:

@@ -1,9 +1,11 @@
 """A batch lists each row once; its positions lead back to every row it was made of."""
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 
-from embeddings.batch import PAD, Batch, Sequences, build_batch
+from embeddings.batch import PAD, Batch, Sequences, build_batch, share_of_batch
 from embeddings.tables import build_lookup
 
 TEXT = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -72,3 +74,20 @@ def test_the_lookup_lists_each_table_s_rows_once() -> None:
     assert lookup.lengths().tolist() == [5, 2]
     assert lookup.values().tolist() == [3, 4, 7, 8, 9, 20, 41]
     assert lookup.stride() == 1
+
+
+def test_a_share_is_the_batch_of_its_sequences_alone_without_the_padding_they_have_in_common() -> None:
+    found = share_of_batch(drawn_batch(), torch.tensor([False, True]), TEXT)
+    alone = build_batch(sequences([[7]], [[PAD]], [PAD]), np.array([4, 8, 7]), TEXT, LOG_Q)
+    for name in (f.name for f in fields(Batch)):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name), equal_nan=True)
+
+
+def test_a_share_of_no_sequences_has_the_negatives_and_nothing_to_learn() -> None:
+    found = share_of_batch(drawn_batch(), torch.tensor([False, False]), TEXT)
+    assert found.item_rows_N[found.negative_S].tolist() == [4, 8, 7]
+    assert (found.target_BL.tolist(), found.present_BL.tolist(), found.has_user_B.tolist()) == (
+        [[PAD]],
+        [[False]],
+        [False],
+    )

@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from training.online.canary import CanaryConfig, CanaryWatch
 from training.online.idle import Idle
 from training.online.learner import CONSUMER, OnlineConfig, OnlineLearner
 from training.online.part import follow
-from training.online.workers import Workers
+from training.online.workers import Workers, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -144,16 +143,14 @@ class OnlineTrainer:
             dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
             return Workers()
         name_interface()
-        # Only here, and not on every interface, as the store would listen by itself.
-        listener = socket.create_server((ray.util.get_node_ip_address(), 0))
-        address = listener.getsockname()[:2]
-        store = dist.TCPStore(
-            *address, is_master=True, timeout=JOIN_PATIENCE, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        host = ray.util.get_node_ip_address()
+        store, port = open_store(host, JOIN_PATIENCE)
         actor_class: Any = ray.remote(OnlineFollower)  # Any: Ray's types do not say what a decorated class offers
         spread = actor_class.options(num_cpus=0, **gpu_options(self._config), scheduling_strategy="SPREAD")
         self._followers = [spread.remote() for _ in range(1, self._config.workers)]  # one not referred to is ended
-        ends = [follower.follow.remote(address, rank, self._config) for rank, follower in enumerate(self._followers, 1)]
+        ends = [
+            follower.follow.remote((host, port), rank, self._config) for rank, follower in enumerate(self._followers, 1)
+        ]
         threading.Thread(target=self._watch, args=(ends,), name="online-workers", daemon=True).start()
         return Workers.join(store, 0, self._config.workers, device_type())
 

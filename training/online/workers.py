@@ -7,6 +7,7 @@ Commands travel over a gloo group of their own, in the leader's order: each work
 the other. A worker that is gone ends the wait of all others with an error.
 """
 
+import socket
 import time
 import zlib
 from datetime import timedelta
@@ -63,6 +64,15 @@ class Workers:
     def end(self) -> None:
         """Tell every other worker that there will be no other command."""
         self.tell(_END)
+
+
+def open_store(host: str, patience: timedelta) -> tuple[dist.TCPStore, int]:
+    """Return a store to meet at and its port, on this address alone: by itself it would listen on every interface."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    fd = listener.detach()
+    store = dist.TCPStore(host, port, is_master=True, timeout=patience, wait_for_workers=False, master_listen_fd=fd)
+    return store, port
 
 
 def worker_of(user_id: str, workers: int) -> int:

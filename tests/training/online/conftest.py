@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from training.online.part import follow
-from training.online.workers import Workers
+from training.online.workers import PATIENCE, Workers, open_store
 
 Together = Callable[[int], contextlib.AbstractContextManager[Workers]]
 
@@ -34,10 +34,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Together:
     def lead(count: int) -> Iterator[Workers]:
         # TorchRec 1.8 agrees on something once a process, with the first group alone: these are many in one process.
         monkeypatch.setattr("torchrec.distributed.collective_utils._INITIALIZED", False)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store, port = open_store("127.0.0.1", PATIENCE)
         others = [
-            context.Process(target=follow_leader, args=(store.port, rank, count), daemon=True)
-            for rank in range(1, count)
+            context.Process(target=follow_leader, args=(port, rank, count), daemon=True) for rank in range(1, count)
         ]
         for process in others:
             process.start()

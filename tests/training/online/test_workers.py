@@ -21,6 +21,7 @@ from training.online.sequences import LiveHistory, build_live_sequences
 from training.online.workers import worker_of
 from training.step import StepConfig
 
+pytestmark = pytest.mark.timeout(300)  # each group's processes start anew
 STEP = StepConfig(learning_rate=0.01, weight_decay=0.0, clip_norm=0.1)
 NOTHING_AT_RANDOM = ("model.dropout=0.0", "model.user_row_dropout=0.0", "online.ranked_positions=1000")
 ALONE, FEWER, MORE = 1, 2, 3
@@ -69,7 +70,8 @@ def interactions_of(live: LiveModel, *users: tuple[str, str], first_new_seq: int
     return build_live_sequences(histories, live.items, {3: 0.5})
 
 
-UNEVEN = (("u0", "1c 2c 3r 4r 20c 21c"), ("u3", "29c 5c 6c"), ("u1", "7c 8r 9r"), ("nobody", "1c 15c 25r 2c"))
+# Of two workers u0 and u2 are the first one's; of three, none is the second one's.
+UNEVEN = (("u0", "1c 2c 3c 4r 20c 21c"), ("u4", "29c 5c 6c"), ("u2", "7c 8r 9r"), ("nobody", "1c 15c 25r 2c"))
 
 
 def learn(live: LiveModel, *users: tuple[str, str], negatives=range(4, 30, 3)) -> None:
