@@ -377,6 +377,7 @@ class OnlineLearner:
         write_version(draft, state, self.history_table)
         self.impressions.write_open(draft)
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
+        totals["workers"] = self.workers.count
         self.ref = draft.publish(
             offset=self.applied_seq,
             metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | self.impressions.metrics() | metrics,

@@ -192,6 +192,7 @@ def test_a_log_learned_by_two_workers_is_the_one_learned_by_one(build_home, toge
         with together(count) as workers:
             learner = learn_log(tiny, workers, events)
             learned[count] = learner.live.tensors(), learner.guard.metrics(), tiny
+            assert {m.metrics["workers"] for m in tiny.registry.versions() if m.ref.version > 1} == {count}
         with together(MORE - count + 1) as workers:  # and another number of workers goes on from it
             again = learn_log(tiny, workers, [])
             for found, expected in zip(again.live.tensors(), learned[count][0], strict=True):
