@@ -3,6 +3,10 @@
 actor.py      the Ray actor: read, learn, publish, for as long as it lives
 learner.py    what a step of that is, and what becomes of it: a delta, a rollback, a new version
 model.py      a version taken up for further training, and what changed in it
+part.py       what one worker holds of it
+workers.py    several workers that learn it together: who leads, how the others hear
+shared_rows.py  rows that they hold between them
+shared_towers.py  predictions of which each makes a part
 sent.py       what replicas have of it
 sequences.py  histories from the log as sequences to learn from
 user_rows.py  a user's own row follows each of their interactions
