@@ -19,7 +19,7 @@ from cluster.errors import DataError
 from cluster.manifest import SYSTEM, TWO_STAGE
 from cluster.registry import Registry, VersionRef
 from embeddings.tables import TablesConfig
-from training.baselines.config import SystemConfig
+from training.baselines.config import RATINGS, SystemConfig
 from training.checkpoint import read_checkpoint
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.version import (
@@ -58,6 +58,9 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
     """
     folder = Path(trained.folder)
     recipe, dataset = read_recipe(folder), load_dataset(trained.dataset)
+    config = recipe.section(SystemConfig)
+    if config.name == RATINGS:
+        raise DataError(f"{folder}: is a run of the rating model, which estimates ratings and is not served")
     if dataset.fingerprint() != trained.dataset_fingerprint:
         raise DataError(f"{trained.dataset}: has changed since the run {folder.name} was trained on it; train again")
     events = training_events(dataset, recipe.section(DataConfig))
@@ -78,7 +81,6 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         dense={},
         optimizer={},
     )
-    config = recipe.section(SystemConfig)
     metrics: dict[str, Any] = dict(trained.metrics)  # Any: JSON
     if config.classical is not None:
         state = replace(state, system=load_file(folder / SYSTEM_FILE))

@@ -27,7 +27,7 @@ from cluster.progress import progress
 from cluster.ray_session import ray_session
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from training.baselines.config import SystemConfig
+from training.baselines.config import RATINGS, SystemConfig
 from training.classical import check_memory, fit_beside, fit_system
 from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
     data, home = args.data or args.home.default_dataset, args.home.ensure()
     system = recipe.section(SystemConfig)
-    if system.classical is not None and (args.resume or is_examples(str(data))):
-        raise ConfigError(f"[system] {system.classical}: is fitted on a dataset, not on examples")
-    if system.name != TWO_STAGE:
+    if (system.classical or system.name == RATINGS) and (args.resume or is_examples(str(data))):
+        raise ConfigError(f"[system] {system.classical or RATINGS}: is fitted on a dataset, not on examples")
+    if system.name not in (TWO_STAGE, RATINGS):
         if overrides:
             raise ConfigError(f"system.name={system.name}: is fitted at once; leave out --epochs and --workers")
         return asdict(fit_system(recipe, load_dataset(data), home))
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
         if args.resume or is_examples(str(data)):
             return train_on_examples(recipe, str(data), home, resume=args.resume, workers=args.workers)
-        return asdict(train_on_ray(recipe, load_dataset(data), home))
+        train = train_ratings_on_ray if system.name == RATINGS else train_on_ray
+        return asdict(train(recipe, load_dataset(data), home))
 
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:

@@ -15,6 +15,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.events import Event, events_table
 from cluster.home import Home
 from cluster.ray_session import RaySession
+from cluster.registry import Registry
 from training.models.rating import (
     ATTRIBUTE,
     ITEM_ATTRIBUTE,
@@ -27,11 +28,14 @@ from training.models.rating import (
     RatingDense,
     RatingModel,
 )
+from training.publish import publish_run
 from training.ratings.inputs import RatingInputs, build_rating_batch, grouped, load_rating_inputs
 from training.trainer import train_ratings_on_ray
 
 TEXT_DIM = 2
 RECIPE = """
+[system]
+name = "ratings"
 [tables]
 dim = 8
 learning_rate = 0.1
@@ -187,3 +191,5 @@ def test_planted_taste_is_found_by_two_workers(ray_cluster: RaySession, tmp_path
     assert run.metrics["test_auc"] > 0.99
     assert run.metrics["test_rmse"] < 1.0
     assert run.metrics["test_ne"] < 0.5
+    with pytest.raises(DataError, match="estimates ratings and is not served"):
+        publish_run(run, Registry(tmp_path / "registry"))
