@@ -47,6 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     dataset = load_dataset(args.data)
     ranks: dict[str, list[np.ndarray]] = {arm: [] for arm in ARMS}
+    count_N = user_N = np.empty(0, np.int64)
     with ray_session("local"), tempfile.TemporaryDirectory() as folder:
         datasets = dict(zip(ARMS, (dataset, _without_text(dataset, Path(folder) / "data")), strict=True))
         for seed in range(1 if args.quick else args.seeds):

@@ -148,7 +148,7 @@ def _measure(live: LiveModel, steps: int) -> tuple[float, float]:
     """Return events a second and processor time a step, over steps as training/online/learner.py takes them."""
     online, data = OnlineConfig(), DataConfig()
     rng = np.random.default_rng(0)
-    sampler = NegativeSampler(live.counts, data.negative_power)
+    sampler = NegativeSampler(live.counts, data)
     begun_s = cpu_s = 0.0
     for number in range(WARM_UPS + steps):
         if number == WARM_UPS:
@@ -158,7 +158,7 @@ def _measure(live: LiveModel, steps: int) -> tuple[float, float]:
         live.predict(sequences)
         live.learn_users(sequences, online.user_rate)
         sequences = join_sequences(sequences, _sequences(rng, len(live.items), REHEARSED, new=HISTORY))
-        batch = build_batch(sequences, sampler.draw(data.negatives, rng), live.text, sampler.log_q)
+        batch = build_batch(sequences, sampler.draw(rng), live.text, sampler.log_q)
         live.learn(batch, float((sequences.target_row_BL != PAD).sum()) / online.batch_targets)
     live.item_scale()  # whatever has been told to the other workers is done when this returns
     return steps * EVENTS / (time.perf_counter() - begun_s), (time.process_time() - cpu_s) / steps * 1_000
