@@ -26,7 +26,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from cluster.config import Recipe
 from cluster.dataset import load_dataset
 from cluster.errors import DataError
-from embeddings.tables import ITEM, USER, TablesConfig, gather_tables
+from embeddings.tables import ITEM, USER, TablesConfig, gather_tables, load_tables
 from training.baselines.config import SystemConfig, build_system
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.evaluation.classical import WEIGHTS
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
 
 PROGRESS_FILE = "progress.json"
+UNTOLD_SPREAD = 0.02
+"""Standard deviation of the rows that items without text start from."""
 
 
 @dataclass(slots=True)
@@ -79,6 +81,7 @@ def train_worker(job: dict[str, str]) -> None:
         seed=config.seed,
     )
     optimizers = Optimizers(model, config.step())
+    start_untold_items(model, inputs.text, config.seed)
     progress = resume(model, optimizers)
     with Scalars(folder) as scalars:
         while not progress.is_final(config):
@@ -191,6 +194,15 @@ def _mean_figures(dense: TwoStage, catalogue: Catalogue, inputs: TrainingInputs,
     dist.all_reduce(sums)  # collective
     hits, gain, count = sums.tolist()
     return {"hit_at_10": hits / max(count, 1), "ndcg_at_10": gain / max(count, 1)}
+
+
+def start_untold_items(model: "DistributedModelParallel", text: np.ndarray, seed: int) -> None:
+    """Let items without text start from a little noise: rows start at zero, and nothing else would tell them apart."""
+    untold_I = ~text.any(axis=1)
+    if untold_I.any():
+        dim = gather_tables(model, [ITEM])[ITEM].shape[1]
+        noise_ID = np.random.default_rng(seed).normal(0, UNTOLD_SPREAD, (len(text), dim))
+        load_tables(model, {ITEM: torch.tensor(noise_ID * untold_I[:, None], dtype=torch.float32)})
 
 
 def resume(model: "DistributedModelParallel", optimizers: Optimizers) -> Progress:
