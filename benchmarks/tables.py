@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- quality: written by benchmarks.tables -->", "<!-- quality: end -->"
 
+NAMES = {"movielens": "MovieLens-100K", "movielens-1995-2016": "MovieLens 1995–2016"}
+"""What the datasets' folders are called in print."""
+
 Json = dict[str, Any]  # Any: whatever JSON holds
 
 
@@ -36,7 +39,7 @@ def build_tables() -> str:
 def _lists(found: Json) -> str:
     config = found["config"]
     lines = [
-        f"{config['data']}, {config['users']:,} users, {config['items']:,} items, each user's last item held out:",
+        f"{_name(config)}, {config['users']:,} users, {config['items']:,} items, each user's last item held out:",
         "",
         "| system | NDCG@10 | Hit@10 | |",
         "| --- | --- | --- | --- |",
@@ -53,10 +56,14 @@ def _ratings(found: Json) -> str:
     told = {name: f"{value['mean']:.4f}" for name, value in found["results"].items() if name != "seconds"}
     config = found["config"]
     return (
-        f"{config['data']}, will a rating be {config['liked_from']:g} or more, ratings split at random 80/10/10, "
+        f"{_name(config)}, will a rating be {config['liked_from']:g} or more, ratings split at random 80/10/10, "
         f"mean of {config['splits']} splits: AUC {told['auc']}, log loss {told['log_loss']}, normalised entropy "
         f"{told['ne']}; the stars: RMSE {told['rmse']}, MAE {told['mae']}."
     )
+
+
+def _name(config: Json) -> str:
+    return NAMES.get(config["data"], config["data"])
 
 
 def _interval(figure: Json) -> str:

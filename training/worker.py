@@ -81,7 +81,7 @@ def train_worker(job: dict[str, str]) -> None:
         seed=config.seed,
     )
     optimizers = Optimizers(model, config.step())
-    start_untold_items(model, inputs.text, config.seed)
+    start_untold_items(model, inputs.text, tables.dim, config.seed)
     progress = resume(model, optimizers)
     with Scalars(folder) as scalars:
         while not progress.is_final(config):
@@ -196,11 +196,10 @@ def _mean_figures(dense: TwoStage, catalogue: Catalogue, inputs: TrainingInputs,
     return {"hit_at_10": hits / max(count, 1), "ndcg_at_10": gain / max(count, 1)}
 
 
-def start_untold_items(model: "DistributedModelParallel", text: np.ndarray, seed: int) -> None:
+def start_untold_items(model: "DistributedModelParallel", text: np.ndarray, dim: int, seed: int) -> None:
     """Let items without text start from a little noise: rows start at zero, and nothing else would tell them apart."""
     untold_I = ~text.any(axis=1)
     if untold_I.any():
-        dim = gather_tables(model, [ITEM])[ITEM].shape[1]
         noise_ID = np.random.default_rng(seed).normal(0, UNTOLD_SPREAD, (len(text), dim))
         load_tables(model, {ITEM: torch.tensor(noise_ID * untold_I[:, None], dtype=torch.float32)})
 

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster.config import Recipe
 from cluster.errors import ConfigError, DataError
+from cluster.home import Home
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig, TextEncoder
@@ -22,7 +23,7 @@ from training.models.version import COUNT_ROWS
 from training.publish import publish_run
 from training.run import METRICS_FILE, RECIPE_FILE, TEXT_FILE, TrainConfig, TrainedRun, learning_rate
 from training.trainer import train_on_ray
-from training.worker import Progress
+from training.worker import UNTOLD_SPREAD, Progress
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the run, half a minute on idle cores
 
@@ -79,6 +80,15 @@ def test_the_checkpoint_holds_tables_with_spare_rows_and_optimisers(board) -> No
     for name in parameters:
         assert whole[f"dense_optimizer.{name}.exp_avg"].shape == whole[f"dense.{name}"].shape
         assert whole[f"dense_optimizer.{name}.step"] > 0
+
+
+@pytest.mark.slow
+def test_items_without_text_start_from_noise_and_spare_rows_from_nothing(board, tmp_path: Path) -> None:
+    still = ["tables.learning_rate=0.0000001", "train.workers=1", "train.epochs=1", "train.final_epochs=0"]
+    trained = train_on_ray(board.recipe.with_overrides(still), board.dataset, Home(tmp_path).ensure())
+    rows = read_checkpoint(Path(trained.checkpoint))["tables.item"]
+    assert rows[: board.ITEMS].std().item() == pytest.approx(UNTOLD_SPREAD, rel=0.2)
+    assert not rows[board.ITEMS :].any()
 
 
 def test_items_are_encoded_in_the_catalogue_s_order(board, tmp_path: Path) -> None:
