@@ -129,7 +129,7 @@ class TinyHome:
         "model.layers=1",
         "model.heads=1",
         "model.ranker_hidden=8",
-        "data.negatives=32",
+        "data.negatives=24",
         "online.batch_targets=16",
         "online.learning_rate=0.0002",
         "online.table_rate=1.0",

@@ -34,7 +34,7 @@ BOARD_RECIPE = """
 train_fraction = 0.95
 validation_fraction = 0.1
 batch_sequences = 4
-negatives = 32
+negatives = 10
 [tables]
 dim = 16
 learning_rate = 0.1

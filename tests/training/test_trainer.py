@@ -130,10 +130,10 @@ def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
 def test_a_system_beside_it_is_fitted_too_and_blended_by_the_weight_that_validates_best(board, tmp_path: Path) -> None:
     beside = {"system": {"blend": "ease"}, "ease": {"l2": 10.0}}
     recipe = replace(board.recipe, values={**board.recipe.values, **beside})
-    trained = train_on_ray(recipe, board.dataset, board.home)
+    trained = train_on_ray(recipe, board.dataset, Home(tmp_path / "home").ensure())
     assert trained.metrics["blend_weight"] in WEIGHTS
     assert trained.metrics["blended_ndcg_at_10"] >= trained.metrics["best_ndcg_at_10"]
-    registry = Registry(tmp_path)
+    registry = Registry(tmp_path / "registry")
     ref = publish_run(trained, registry)
     model = ServedModel.load(registry, ref)
     assert model.blend_weight == trained.metrics["blend_weight"]

@@ -340,7 +340,7 @@ def test_no_event_that_the_log_takes_stops_learning_or_serving(open_loop, kind, 
 
 def test_learning_that_predicts_worse_than_its_base_is_undone_to_before_the_window(open_loop):
     window = (
-        "guard.window_events=40",
+        "guard.window_events=60",
         "guard.min_events=20",
         "guard.max_loss_increase=0.0",
         "online.compact_every=1000",
