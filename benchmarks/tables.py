@@ -63,7 +63,8 @@ def _ratings(found: Json) -> str:
 
 
 def _name(config: Json) -> str:
-    return NAMES.get(config["data"], config["data"])
+    folder = str(config["data"])
+    return NAMES.get(folder, folder)
 
 
 def _interval(figure: Json) -> str:

@@ -198,10 +198,10 @@ def _mean_figures(dense: TwoStage, catalogue: Catalogue, inputs: TrainingInputs,
 
 def start_untold_items(model: "DistributedModelParallel", text: np.ndarray, dim: int, seed: int) -> None:
     """Let items without text start from a little noise: rows start at zero, and nothing else would tell them apart."""
-    untold_I = ~text.any(axis=1)
-    if untold_I.any():
+    untold_I1 = ~np.any(text, axis=1, keepdims=True)
+    if untold_I1.any():
         noise_ID = np.random.default_rng(seed).normal(0, UNTOLD_SPREAD, (len(text), dim))
-        load_tables(model, {ITEM: torch.tensor(noise_ID * untold_I[:, None], dtype=torch.float32)})
+        load_tables(model, {ITEM: torch.tensor(noise_ID * untold_I1, dtype=torch.float32)})
 
 
 def resume(model: "DistributedModelParallel", optimizers: Optimizers) -> Progress:

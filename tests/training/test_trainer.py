@@ -127,6 +127,7 @@ def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
         TrainConfig(**setting)
 
 
+@pytest.mark.slow
 def test_a_system_beside_it_is_fitted_too_and_blended_by_the_weight_that_validates_best(board, tmp_path: Path) -> None:
     beside = {"system": {"blend": "ease"}, "ease": {"l2": 10.0}}
     recipe = replace(board.recipe, values={**board.recipe.values, **beside})

@@ -132,6 +132,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(uninterrupted: tuple[Path, Path],
     assert_equal_states(tmp_path, whole, tolerance=0)
 
 
+@pytest.mark.slow
 def test_one_then_two_then_three_then_one_worker_end_as_one(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     rows, whole = uninterrupted
     for workers, dies_after_steps in ((1, 4), (2, 8), (3, 12), (1, 0)):

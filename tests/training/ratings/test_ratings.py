@@ -181,6 +181,7 @@ def test_untrained_losses_are_those_of_knowing_nothing(
     assert found.total.item() == pytest.approx(math.log(2) + 2 * error)
 
 
+@pytest.mark.slow
 def test_planted_taste_is_found_by_two_workers(ray_cluster: RaySession, tmp_path: Path) -> None:
     """Who is of an item's side gives it 5 stars, others 2 or 1; nothing says so but ratings and attributes."""
     rng = np.random.default_rng(0)
