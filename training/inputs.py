@@ -83,7 +83,7 @@ def training_events(dataset: Dataset, data: DataConfig, columns: list[str] | Non
 
 
 def is_training_event(events: pa.Table, data: DataConfig) -> np.ndarray:
-    """Return of which of a dataset's events that holds, bool [events]."""
+    """Return which of a dataset's events are those that training may see, bool [events]."""
     if data.split == "time":
         return np.arange(len(events)) < int(len(events) * data.train_fraction)
     return _left_of_user(events) != 0
@@ -91,11 +91,11 @@ def is_training_event(events: pa.Table, data: DataConfig) -> np.ndarray:
 
 def _split(events: pa.Table, data: DataConfig) -> tuple[pa.Table, np.ndarray]:
     """Return the events that training may see, and which of them it validates on."""
-    known_N = is_training_event(events, data)
-    known = events.filter(pa.array(known_N))
     if data.split == "time":
+        known = events.filter(pa.array(is_training_event(events, data)))
         return known, np.arange(len(known)) >= int(len(known) * (1 - data.validation_fraction))
-    return known, _left_of_user(events)[known_N] == 1
+    left_N = _left_of_user(events)
+    return events.filter(pa.array(left_N != 0)), left_N[left_N != 0] == 1
 
 
 def _left_of_user(events: pa.Table) -> np.ndarray:

@@ -73,6 +73,10 @@ class History:
     def __len__(self) -> int:
         return len(self.item_row)
 
+    def first_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return the index of the first interaction of each one's user."""
+        return self.starts[np.searchsorted(self.starts, indices, side="right") - 1]
+
 
 def build_history(events: pa.Table, items: Vocabulary, users: Vocabulary) -> History:
     """Sort the interactions among `events` (in time order) by user. Raises `DataError` for an id without a row."""
@@ -130,8 +134,7 @@ def cut_windows(history: History, length: int, rng: np.random.Generator) -> Wind
 
 def windows_before(history: History, targets: np.ndarray, length: int) -> Windows:
     """Return for each target (an index into the history, not a user's first) the window that ends just before it."""
-    owner = np.searchsorted(history.starts, targets, side="right") - 1
-    return Windows(np.maximum(targets - length, history.starts[owner]), targets)
+    return Windows(np.maximum(targets - length, history.first_of(targets)), targets)
 
 
 def build_sequences(history: History, windows: Windows) -> Sequences:

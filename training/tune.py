@@ -22,10 +22,12 @@ from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
 from cluster.errors import ConfigError, DataError, EngineError
 from cluster.home import Home
+from cluster.manifest import TWO_STAGE
 from cluster.progress import progress
 from cluster.ray_session import ray_session
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
+from training.baselines.config import SystemConfig
 from training.fit import fit_on_workers
 from training.inputs import encode_items, load_inputs
 from training.run import RECIPE_FILE, TEXT_FILE, TrainConfig, new_run
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 METRIC = "best_ndcg_at_10"
 SEARCH_FILE = "search.json"
 BEST_FILE = "best.toml"
+SHARED_SECTIONS = ("system", "encoder")
+"""What trials share: the model that is trained, and the vectors of the items' text."""
 LEAST_EPOCHS = 2
 """Epochs that every trial has before it may be pruned."""
 
@@ -74,6 +78,9 @@ class Search:
 
 def begin_search(recipe: Recipe, dataset: Dataset, home: Home, search: Search) -> Path:
     """Write what every trial reads, and return the search's folder. Raises `ConfigError` or `DataError`."""
+    system = recipe.section(SystemConfig)
+    if system.name != TWO_STAGE or system.blend is not None:
+        raise ConfigError(f"[system] {system.classical or system.name}: a search is for the two-stage model by itself")
     for text in search.ranges:
         read_range(text, recipe)
     folder = new_run(home, recipe, "tune").resolve()
@@ -92,6 +99,8 @@ def read_range(text: str, recipe: Recipe) -> tuple[str, "BaseDistribution"]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     key, equals, told = text.partition("=")
+    if key.partition(".")[0] in SHARED_SECTIONS:
+        raise ConfigError(f"--search {text}: is the same for all trials; search once for each value")
     ends = told.removeprefix("log:").split("..")
     choices = told.split("|")
     try:

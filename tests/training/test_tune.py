@@ -30,11 +30,19 @@ def test_ranges_are_read(text: str, drawn: object) -> None:
 @pytest.mark.parametrize(
     "text",
     ["model.dropout", "model.dropout=0.3", "model.dropout=0.1..1.5", "model.dropout=0.5..0.1", "model.drop=0.1..0.2",
-     "model.history=lstm|cnn", "train.learning_rate=log:0..1"],
+     "model.history=lstm|cnn", "train.learning_rate=log:0..1",
+     "encoder.batch_texts=8|16"],
 )  # fmt: skip
 def test_what_is_no_range_or_leads_outside_the_recipe_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--search|model\.|train\."):
         read_range(text, Recipe.from_toml(""))
+
+
+def test_a_search_is_for_the_two_stage_model_by_itself(board, tmp_path: Path) -> None:
+    search = Search(ranges=["model.dropout=0.1..0.2"], trials=1, parallel=1)
+    for setting in ("system.name=ease", "system.blend=ease"):
+        with pytest.raises(ConfigError, match="ease: a search is for"):
+            begin_search(board.recipe.with_overrides([setting]), board.dataset, Home(tmp_path), search)
 
 
 def test_a_folder_without_a_search_is_named(tmp_path: Path) -> None:

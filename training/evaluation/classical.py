@@ -34,8 +34,7 @@ class NextItems:
         self._history = history
         self._items = items
         self._newest = windows_before(history, targets, max_history)
-        starts = history.starts[np.searchsorted(history.starts, targets, side="right") - 1]
-        self._all = Windows(starts, self._newest.last)
+        self._all = Windows(history.first_of(targets), targets)
         self.targets = history.item_row[targets]
         self.users = history.user_row[targets]
 
@@ -49,17 +48,19 @@ class NextItems:
 
     def seen(self, chosen: np.ndarray) -> sparse.csr_array:
         """Return what users are scored by, [B, I]."""
-        return self._matrix(self._newest.pick(chosen))
+        return items_in(self._history, self._newest.pick(chosen), self._items)
 
     def had(self, chosen: np.ndarray) -> np.ndarray:
         """Return all that users have, [B, I]."""
-        return self._matrix(self._all.pick(chosen)).toarray() > 0
+        return items_in(self._history, self._all.pick(chosen), self._items).toarray() > 0
 
-    def _matrix(self, windows: Windows) -> sparse.csr_array:
-        lengths_B = windows.last - windows.first
-        offset_N = np.arange(lengths_B.sum()) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
-        item_N = self._history.item_row[np.repeat(windows.first, lengths_B) + offset_N]
-        return seen_matrix(np.repeat(np.arange(len(windows)), lengths_B), item_N, len(windows), self._items)
+
+def items_in(history: History, windows: Windows, items: int) -> sparse.csr_array:
+    """Return which items were had in each window, [B, I]: 1 each."""
+    lengths_B = windows.last - windows.first
+    offset_N = np.arange(lengths_B.sum()) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
+    item_N = history.item_row[np.repeat(windows.first, lengths_B) + offset_N]
+    return seen_matrix(np.repeat(np.arange(len(windows)), lengths_B), item_N, len(windows), items)
 
 
 def rank_classical(system: Recommender, asked: NextItems, is_fitted_U: np.ndarray) -> IntArray:

@@ -93,7 +93,7 @@ def list_next_items(dense: TwoStage, catalogue: Catalogue, history: History, tar
         weight = catalogue.beside.weight
         classical_BI = catalogue.beside.scores(history, windows.last, score_BI.shape[1]).to(score_BI.device)
         score_BI = blended(score_BI, classical_BI, weight)
-    for row, (start, end) in enumerate(zip(_user_starts(history, windows), windows.last, strict=True)):
+    for row, (start, end) in enumerate(zip(history.first_of(targets), targets, strict=True)):
         score_BI[row, history.item_row[start:end]] = float("-inf")
     score_BK, candidate_BK = score_BI.topk(min(dense.config.candidates, score_BI.shape[1]), dim=1)
     # The order that is served, ties included; what is excluded or not a number has no rank.
@@ -130,7 +130,3 @@ def _user_vectors(dense: TwoStage, catalogue: Catalogue, history: History, windo
         torch.from_numpy(sequences.item_row_BL != PAD).to(device),
         catalogue.user_UD[user_row_B],
     )[:, -1]
-
-
-def _user_starts(history: History, windows: Windows) -> np.ndarray:
-    return history.starts[np.searchsorted(history.starts, windows.last, side="right") - 1]

@@ -19,14 +19,21 @@ import torch
 from scipy import sparse
 
 from embeddings.vocabulary import UNKNOWN_ROW
-from training.evaluation.classical import NextItems
+from training.evaluation.classical import NextItems, items_in
 from training.evaluation.lists import IntArray
 from training.evaluation.metrics import FloatArray
-from training.evaluation.next_item import NOT_SHOWN, Beside, Catalogue, list_next_items, rate_next_items
+from training.evaluation.next_item import (
+    NOT_SHOWN,
+    Beside,
+    Catalogue,
+    list_next_items,
+    rank_next_items,
+    rate_next_items,
+)
 from training.models.classical import ServedClassical
 from training.models.served import ServedModel
 from training.models.version import TEXT_ROWS, USER_ROWS
-from training.stream import History
+from training.stream import History, Windows
 
 SCORES_AT_ONCE = 16_000_000
 """Of one batch: 64 MB a system."""
@@ -45,17 +52,7 @@ class Batch:
     @cached_property
     def seen(self) -> sparse.csr_array:
         """Return what each one's user had before it, [B, I]: 1 an item."""
-        owner_B = np.searchsorted(self.history.starts, self.targets, side="right") - 1
-        first_B = self.history.starts[owner_B]
-        count_B = self.targets - first_B
-        ends_B = np.cumsum(count_B)
-        place_N = np.arange(count_B.sum()) + np.repeat(first_B - ends_B + count_B, count_B)
-        indptr = np.concatenate([[0], ends_B])
-        shape = (len(self.targets), self.items)
-        seen_BI = sparse.csr_array((np.ones(len(place_N), np.float32), self.history.item_row[place_N], indptr), shape)
-        seen_BI.sum_duplicates()
-        seen_BI.data[:] = 1
-        return seen_BI
+        return items_in(self.history, Windows(self.history.first_of(self.targets), self.targets), self.items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +130,10 @@ class VersionSystem:
                     list_next_items(model.dense, catalogue, cases.history, later), batch.items
                 )
             yield score_BI
+
+    def ranks(self, cases: Cases) -> IntArray:
+        """Return the place [N] at which each target would be shown; 0 where it would not be. None is a user's first."""
+        return rank_next_items(self._model.dense, self._catalogue(cases), cases.history, cases.targets)
 
     def ratings(self, cases: Cases) -> FloatArray:
         """Return the rating head's estimates; NaN for a user's first interaction."""

@@ -22,7 +22,7 @@ from cluster.dataset import load_dataset
 from embeddings.tables import TablesConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.evaluation.clicks import ClickTally, collective_device
-from training.models.rating import RatingBatch, RatingConfig, RatingModel, build_rating_model
+from training.models.rating import RatingBatch, RatingConfig, RatingLosses, RatingModel, build_rating_model
 from training.ratings.inputs import RatingInputs, build_rating_batch, load_rating_inputs
 from training.run import TEXT_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
@@ -87,7 +87,7 @@ def _train_epoch(
         losses.append(torch.stack(train_step(model, batch.to(get_device()), optimizers)))
         progress.step += 1
     means = torch.stack(losses).mean(0).tolist()
-    named = zip(("total", "liked", "stars", "levels"), means, strict=True)
+    named = zip(RatingLosses._fields, means, strict=True)
     return {f"loss_{name}": value for name, value in named} | {"epoch_s": time.monotonic() - started_s}
 
 
