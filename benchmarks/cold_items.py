@@ -24,10 +24,10 @@ from cluster.ray_session import ray_session
 from cluster.registry import Registry
 from embeddings.vocabulary import Vocabulary
 from training.evaluation.metrics import difference_interval, hit_at_k, ndcg_at_k
-from training.evaluation.next_item import Catalogue, rank_next_items
+from training.evaluation.system import Cases, VersionSystem
 from training.inputs import is_training_event
 from training.models.served import ServedModel
-from training.models.version import COUNT_ROWS, USER_ROWS, grow_rows
+from training.models.version import COUNT_ROWS
 from training.publish import publish_run
 from training.stream import DataConfig, build_history
 from training.trainer import train_on_ray
@@ -105,15 +105,15 @@ def _without_text(dataset: Dataset, path: Path) -> Dataset:
 def _rank_later(model: ServedModel, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each later interaction but a user's first its rank, its item's count in training, and its user."""
     events = dataset.events()
-    known = list(model.state.user_ids)
-    others = [user for user in events["user_id"].unique().to_pylist() if user not in set(known)]
-    users = Vocabulary([*known, *others], len(known) + len(others))
+    user_ids = events["user_id"].unique()
+    users = Vocabulary(user_ids.to_pylist(), len(user_ids))
     history = build_history(events, Vocabulary(model.item_ids, model.item_count), users)
     later = ~is_training_event(events, model.state.recipe.section(DataConfig))[history.order]
     later[history.starts] = False
     targets = np.flatnonzero(later)
-    catalogue = Catalogue(item_ID=model.item_ID, user_UD=grow_rows(model.state.rows[USER_ROWS], len(users)))
-    ranks = rank_next_items(model.dense, catalogue, history, targets)
+    ranks = VersionSystem(model).ranks(
+        Cases(history=history, targets=targets, user_ids=user_ids, item_ids=model.item_ids)
+    )
     return ranks, model.state.rows[COUNT_ROWS].numpy()[history.item_row[targets]], history.user_row[targets]
 
 
