@@ -35,6 +35,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "ease": "training.baselines.config:EaseConfig",
         "item_neighbours": "training.baselines.config:ItemNeighboursConfig",
         "user_neighbours": "training.baselines.config:UserNeighboursConfig",
+        "text_neighbours": "training.baselines.config:TextNeighboursConfig",
         "als": "training.baselines.config:AlsConfig",
         "bpr": "training.baselines.config:BprConfig",
         "hybrid": "training.baselines.config:HybridConfig",

@@ -39,6 +39,7 @@ SETTINGS = {
     "popularity": [],
     "item_neighbours": [],
     "user_neighbours": [],
+    "text_neighbours": ["text_neighbours.neighbours=10"],
     "content": [],
     "als": ["als.factors=2"],
     "bpr": ["bpr.factors=2", "bpr.iterations=200", "bpr.learning_rate=0.1"],
@@ -338,10 +339,16 @@ def test_settings_that_are_unknown_or_out_of_range_are_refused(override):
         load_recipe("ease", [override])
 
 
-@pytest.mark.parametrize("name", sorted(set(packaged_recipes()) - {"movielens", "clicks"}))
+@pytest.mark.parametrize("name", ["popularity", "item_neighbours", "ease", "hybrid", "ratings"])
 def test_packaged_recipes_name_the_system_they_are_named_after(name):
     assert load_recipe(name).section(SystemConfig).name == name
-    assert load_recipe("movielens").section(SystemConfig).name == TWO_STAGE
+
+
+def test_all_other_packaged_recipes_are_of_the_two_stage_model():
+    systems = {name: load_recipe(name).section(SystemConfig).name for name in packaged_recipes()}
+    two_stage = {name for name, system in systems.items() if system == TWO_STAGE}
+    assert two_stage == {"clicks", "movielens", "two_tower", "text_lstm", "sasrec", "hstu", "deepfm"}
+    assert len(systems) == len(two_stage) + 5
 
 
 def test_the_commands_fit_and_publish_it(dataset, home):

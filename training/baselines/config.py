@@ -19,11 +19,11 @@ from training.baselines.ease import L2
 from training.baselines.factors import AlternatingLeastSquares, BayesianRanking
 from training.baselines.hybrid import Hybrid
 from training.baselines.interface import Recommender
-from training.baselines.neighbours import BLOCK, ItemNeighbours, Similarity, UserNeighbours
+from training.baselines.neighbours import BLOCK, ItemNeighbours, Similarity, TextNeighbours, UserNeighbours
 from training.baselines.popularity import Popularity
 
-HYBRID, CONTENT, RATINGS = "hybrid", "content", "ratings"
-Part = Literal["popularity", "item_neighbours", "user_neighbours", "content", "als", "bpr", "ease"]
+HYBRID, CONTENT, TEXT_NEIGHBOURS, RATINGS = "hybrid", "content", "text_neighbours", "ratings"
+Part = Literal["popularity", "item_neighbours", "user_neighbours", "text_neighbours", "content", "als", "bpr", "ease"]
 """A system that may be part of a hybrid."""
 
 
@@ -94,6 +94,18 @@ class UserNeighboursConfig(_NeighboursConfig):
     """User-based collaborative filtering."""
 
     section = "user_neighbours"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextNeighboursConfig:
+    """User-based collaborative filtering by what a language model makes of users' items."""
+
+    neighbours: int = 100
+    """Nearest ones that count."""
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise ConfigError(f"{TEXT_NEIGHBOURS}.neighbours={self.neighbours}: must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +180,8 @@ def build_system(recipe: Recipe, name: str, text_IE: np.ndarray) -> Recommender:
         return Hybrid(parts, config.weights or [1.0] * len(parts))
     if name == CONTENT:
         return Content(text_IE)
+    if name == TEXT_NEIGHBOURS:
+        return TextNeighbours(text_IE, recipe.section(TextNeighboursConfig).neighbours)
     if name == "popularity":
         return Popularity()
     build, owner = SYSTEMS[name]
@@ -182,5 +196,6 @@ def fitting_bytes(recipe: Recipe, name: str, users: int, items: int) -> int:
         "ease": EASE_ENTRY_BYTES * items * items,
         "item_neighbours": BLOCK_ENTRY_BYTES * BLOCK * items,
         "user_neighbours": BLOCK_ENTRY_BYTES * BLOCK * users,
+        TEXT_NEIGHBOURS: BLOCK_ENTRY_BYTES * BLOCK * users,
     }
     return per.get(name, 0)

@@ -1,14 +1,15 @@
-"""Collaborative filtering by neighbours: items that the same people have; people who have the same items.
+"""Collaborative filtering by neighbours: items that the same people have; people who have the same items, or like ones.
 
-In:  who has what.  Out: scores.
+In:  who has what; for people by text, an encoder's vector of each item.  Out: scores.
 Similarity of sets a and b of sizes |a| and |b| with n possible members: cosine |a∩b| / √(|a||b|), or Pearson's
 correlation (n|a∩b| − |a||b|) / √(|a|(n − |a|)|b|(n − |b|)). `shrink` is added to the denominator, so
 that little in common says little.
 
 Item-based (Sarwar et al., WWW 2001): an item's score is the sum of its similarities to what the user has, over its k
-nearest items. User-based (Herlocker et al., SIGIR 1999): the sum over the user's k nearest users who have it.
+nearest items. User-based (Herlocker et al., SIGIR 1999): the sum over the user's k nearest users who have it. By text,
+users are alike whose items are told alike, though they have none in common: the cosine of their means.
 
-Shapes: U users that are fitted on, B users that are scored, I items, N rows of a block.
+Shapes: U users that are fitted on, B users that are scored, I items, E encoder dimension, N rows of a block.
 """
 
 from typing import Literal, Self
@@ -122,6 +123,55 @@ class UserNeighbours(_Neighbours):
     def _take(self, seen_UI: sparse.csr_array) -> Self:
         self.seen_UI, self._columns_UI = seen_UI, sparse.csc_array(seen_UI)
         return self
+
+
+class TextNeighbours:
+    """User-based collaborative filtering, users being what a language model makes of the items that they have."""
+
+    def __init__(self, vector_IE: np.ndarray, neighbours: int = 100) -> None:
+        if neighbours < 1:
+            raise ConfigError(f"neighbours={neighbours}: must be at least 1")
+        self.vector_IE, self.neighbours = vector_IE.astype(np.float32), neighbours
+
+    def fit(self, seen_UI: sparse.csr_array) -> Self:
+        """Remember who has what."""
+        self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
+        return self._take(seen_UI.copy())
+
+    def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
+        """Add up what the users with the nearest means have; nobody is their own neighbour."""
+        profile_BE = self._profiles(seen_BI)
+        blocks = [
+            # Rounded, so that equals stay equals whatever they are multiplied beside.
+            _largest(
+                (profile_BE[start : start + BLOCK] @ self._profile_UE.T).round(5),
+                self.neighbours,
+                user_row_B[start : start + BLOCK],
+            )
+            @ self.seen_UI
+            for start in range(0, len(user_row_B), BLOCK)
+        ]
+        scores_BI = sparse.vstack(blocks, format="csr").toarray().astype(np.float32)
+        return with_popular(scores_BI, seen_BI, self.popularity_I)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return who has what; the vectors are given when it is built."""
+        return split_sparse("seen", self.seen_UI) | {"popularity": self.popularity_I}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> Self:
+        """Take up who has what."""
+        self.popularity_I = arrays["popularity"]
+        return self._take(join_sparse("seen", arrays, len(self.popularity_I)))
+
+    def _take(self, seen_UI: sparse.csr_array) -> Self:
+        self.seen_UI, self._profile_UE = seen_UI, self._profiles(seen_UI)
+        return self
+
+    def _profiles(self, seen_UI: sparse.csr_array) -> np.ndarray:
+        """Return users' means at length 1, [U, E]; 0 of who has nothing that is told of."""
+        profile_UE = seen_UI @ self.vector_IE[: seen_UI.shape[1]]  # whoever serves may be told of items put since
+        length_U1 = np.linalg.norm(profile_UE, axis=1, keepdims=True)
+        return profile_UE / np.where(length_U1 > 0, length_U1, 1.0)
 
 
 def _similarities(

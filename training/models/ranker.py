@@ -4,10 +4,14 @@ In:  user and candidate vectors, the retrieval score.  Out: a logit or estimate 
 Knows nothing of how candidates were found.
 
 The `click` head starts as the retrieval score and learns a correction to it, so an untrained ranker changes nothing.
-Interactions: `mlp` over [u, v, u⊙v]; `dcn`, a cross network over the same (Wang et al., WWW 2021); `bilinear`, uWv.
+Interactions: `mlp` over [u, v, u⊙v]; `dcn`, a cross network over [u, v] (Wang et al., WWW 2021); `bilinear`, uWv;
+`deepfm`, [u, v] alone (Guo et al., IJCAI 2017): its factorisation machine is the score that the click head corrects,
+its deep part reads the same vectors.
 
 Shapes: leading dimensions are free (…); D dimension, T heads.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -80,9 +84,27 @@ class BilinearInteraction(nn.Module):
         return self.weight(user_D) * item_D
 
 
-INTERACTIONS = {"mlp": ConcatInteraction, "dcn": CrossInteraction, "bilinear": BilinearInteraction}
+class DeepInteraction(nn.Module):
+    """[u, v]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.width = 2 * dim
+
+    def forward(self, user_D: torch.Tensor, item_D: torch.Tensor) -> torch.Tensor:
+        """Return both vectors, […, 2D]."""
+        return torch.cat([user_D, item_D], dim=-1)
 
 
-def build_interaction(name: str, dim: int) -> ConcatInteraction | CrossInteraction | BilinearInteraction:
+Interaction = ConcatInteraction | CrossInteraction | BilinearInteraction | DeepInteraction
+INTERACTIONS: dict[str, Callable[[int], Interaction]] = {
+    "mlp": ConcatInteraction,
+    "dcn": CrossInteraction,
+    "bilinear": BilinearInteraction,
+    "deepfm": DeepInteraction,
+}
+
+
+def build_interaction(name: str, dim: int) -> Interaction:
     """Return the interaction layer of that name; its `width` is the length of its output."""
     return INTERACTIONS[name](dim)

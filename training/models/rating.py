@@ -50,7 +50,7 @@ class RatingConfig:
     liked_from: float = 4.0
     """Stars from which on an item is liked."""
     interaction: str = "mlp"
-    """Interaction of the heads: mlp, dcn or bilinear."""
+    """Interaction of the heads: mlp, dcn, deepfm or bilinear."""
     hidden: int = 64
     dropout: float = 0.3
     """Of the users' and items' vectors, and within the heads."""

@@ -6,7 +6,7 @@ Knows nothing of tables, sharding or ids: rows arrive as tensors, from TorchRec 
     item_ND  = row + project(text)                   a new item has row 0: its text speaks for it
     user_BLD = A·history(item vectors, kinds, values, gaps) + user row
     retrieval loss: softmax over target and sampled negatives, logits corrected by −log Q
-                    (Yi et al., RecSys 2019, eq. 5)
+                    (Yi et al., RecSys 2019, eq. 5), or binary cross entropy of each
     ranking loss:   over the target and random negatives, one term a head
 
 Shapes: B sequences, L positions, D dimension, N distinct items, S negatives, E encoder dimension, P positions with a
@@ -35,6 +35,7 @@ from training.models.history import (
 from training.models.ranker import CLICK, INTERACTIONS, RATING, Ranker
 
 HISTORY_ENCODERS = ("pool", "lstm", "transformer", "hstu")
+SOFTMAX, BCE = "softmax", "bce"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +54,14 @@ class ModelConfig:
     dropout: float = 0.2
     user_row_dropout: float = 0.5
     """Share of users whose row is hidden in a step, so that users without one are served as well."""
+    retrieval: str = SOFTMAX
+    """Loss of the towers: softmax over target and negatives, or bce, each of them by itself."""
+    adversarial_radius: float = 0.0
+    """How far the towers' vectors are moved to where the retrieval loss rises fastest, and learned there too; 0: not."""
+    adversarial_weight: float = 0.5
+    """Of that loss."""
     interaction: str = "mlp"
-    """Interaction of the ranker: mlp, dcn or bilinear."""
+    """Interaction of the ranker: mlp, dcn, deepfm or bilinear."""
     ranker_hidden: int = 64
     rating_weight: float = 0.0
     """Stars to add to the click logit when ordering a slate; 0 orders by click alone."""
@@ -64,6 +71,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.history not in HISTORY_ENCODERS:
             raise ConfigError(f"model.history={self.history!r}: is none of {', '.join(HISTORY_ENCODERS)}")
+        if self.retrieval not in (SOFTMAX, BCE):
+            raise ConfigError(f"model.retrieval={self.retrieval!r}: is none of {SOFTMAX}, {BCE}")
+        for name in ("adversarial_radius", "adversarial_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be 0 or more")
         if self.interaction not in INTERACTIONS:
             raise ConfigError(f"model.interaction={self.interaction!r}: is none of {', '.join(INTERACTIONS)}")
         for name in ("max_history", "layers", "heads", "ranker_hidden", "candidates"):
@@ -155,7 +167,11 @@ class TwoStage(nn.Module):
             item_ND.detach(),
             batch,
         )
-        return Losses(total=retrieval + click + rating, retrieval=retrieval, click=click, rating=rating)
+        total = retrieval + click + rating
+        if self.training and self.config.adversarial_radius:
+            moved = self._adversarial_loss(user_PD, target_P, weight_P, item_ND, batch)
+            total = total + self.config.adversarial_weight * moved
+        return Losses(total=total, retrieval=retrieval, click=click, rating=rating)
 
     def _visible(self, user_row_BD: torch.Tensor, has_user_B: torch.Tensor) -> torch.Tensor:
         shown_B = has_user_B.to(user_row_BD.dtype)
@@ -178,12 +194,27 @@ class TwoStage(nn.Module):
         score_P = (user_PD * item_ND[target_P]).sum(-1)
         hit_PS = batch.negative_S.unsqueeze(0) == target_P.unsqueeze(1)
         score_PS = (user_PD @ item_ND[batch.negative_S].T).masked_fill(hit_PS, float("-inf"))
-        logit_PC = torch.cat(
-            [(score_P - batch.log_q_N[target_P]).unsqueeze(1), score_PS - batch.log_q_N[batch.negative_S]], dim=1
-        )
-        # The positive is candidate 0. A batch with nothing to learn has loss 0, not NaN.
-        loss_P = functional.cross_entropy(logit_PC, torch.zeros_like(target_P), reduction="none")
+        logit_P, logit_PS = score_P - batch.log_q_N[target_P], score_PS - batch.log_q_N[batch.negative_S]
+        if self.config.retrieval == BCE:  # noise-contrastive: S draws from Q, so the odds are divided by S·Q
+            log_s = math.log(max(len(batch.negative_S), 1))
+            loss_P = functional.softplus(log_s - logit_P) + functional.softplus(logit_PS - log_s).sum(1)
+        else:  # the positive is candidate 0
+            logit_PC = torch.cat([logit_P.unsqueeze(1), logit_PS], dim=1)
+            loss_P = functional.cross_entropy(logit_PC, torch.zeros_like(target_P), reduction="none")
+        # A batch with nothing to learn has loss 0, not NaN.
         return (weight_P * loss_P).sum() / max(len(target_P), 1), score_PS
+
+    def _adversarial_loss(
+        self, user_PD: torch.Tensor, target_P: torch.Tensor, weight_P: torch.Tensor, item_ND: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Return the retrieval loss a radius away, in the direction in which it rises (He et al., SIGIR 2018)."""
+        vectors = [vector.detach().requires_grad_() for vector in (user_PD, item_ND)]
+        loss, _ = self._retrieval_loss(vectors[0], target_P, weight_P, vectors[1], batch)
+        user_PD, item_ND = (
+            vector + self.config.adversarial_radius * functional.normalize(gradient, dim=-1)
+            for vector, gradient in zip((user_PD, item_ND), torch.autograd.grad(loss, vectors), strict=True)
+        )
+        return self._retrieval_loss(user_PD, target_P, weight_P, item_ND, batch)[0]
 
     def _ranking_losses(
         self,

@@ -9,7 +9,7 @@ from training.baselines.content import Content
 from training.baselines.factors import AlternatingLeastSquares, BayesianRanking
 from training.baselines.hybrid import Hybrid, standardised
 from training.baselines.interface import UNKNOWN, Recommender, seen_matrix
-from training.baselines.neighbours import ItemNeighbours, UserNeighbours
+from training.baselines.neighbours import ItemNeighbours, TextNeighbours, UserNeighbours
 from training.baselines.popularity import Popularity
 
 USERS, ITEMS = 40, 20
@@ -22,6 +22,7 @@ SYSTEMS = {
     "item pearson": lambda: ItemNeighbours(10, "pearson", shrink=0.5),
     "user cosine": lambda: UserNeighbours(10),
     "user pearson": lambda: UserNeighbours(10, "pearson"),
+    "text neighbours": lambda: TextNeighbours(VECTORS, 10),
     "content": lambda: Content(VECTORS),
     "ease": lambda: Autoencoder(l2=1.0),
     "als": lambda: AlternatingLeastSquares(factors=2, iterations=10),
@@ -134,6 +135,17 @@ class TestByHand:
     def test_only_the_nearest_count(self):
         nearest = ItemNeighbours(1).fit(self.SEEN).nearest_II
         assert np.diff(nearest.indptr).tolist() == [1, 1, 1, 0]
+
+    def test_users_are_alike_by_text_who_have_nothing_in_common(self):
+        told = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
+        seen = seen_matrix(
+            np.array([0, 1, 2]), np.array([0, 1, 2]), 3, 4
+        )  # users {0}, {1}, {2}; 0 and 2 are told alike
+        scores = TextNeighbours(told, 1).fit(seen).scores(seen, np.arange(3))
+        assert scores[0].tolist() == [0.0, 0.0, 1.0, 0.0]
+        stranger = seen_matrix(np.array([0]), np.array([3]), 1, 4)
+        scores = TextNeighbours(told, 3).fit(seen).scores(stranger, np.array([UNKNOWN]))
+        assert scores[0] == pytest.approx([0.6, 0.8, 0.6, 0.0])
 
     def test_als_solves_for_the_user(self):
         model = AlternatingLeastSquares(factors=2, regularization=0.1, alpha=5.0).fit(self.SEEN)

@@ -57,6 +57,7 @@ class TestEveryInteraction:
 def test_interactions_are_as_written() -> None:
     user, item = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
     assert build_interaction("mlp", 2)(user, item).tolist() == [1, 2, 3, 5, 3, 10]
+    assert build_interaction("deepfm", 2)(user, item).tolist() == [1, 2, 3, 5]
     bilinear = build_interaction("bilinear", 2)
     torch.nn.init.eye_(bilinear.weight.weight)
     assert bilinear(user, item).tolist() == [3, 10]

@@ -72,6 +72,31 @@ def test_every_item_once_is_the_full_softmax(model: TwoStage) -> None:
     assert found.retrieval.item() == pytest.approx(math.log(10), rel=1e-6)
 
 
+def test_bce_asks_of_target_and_draws_each_whether_it_was_chosen(model: TwoStage) -> None:
+    # Odds e^s / (S Q) of S = 2 draws: target 1 / (2 · 1/2) = 1, draws 3 / (2 · 1/4) = 6 and 1 / (2 · 1/8) = 4:
+    # −log of 1/2, of 1/7 and of 1/5. A draw of the target counts for nothing.
+    model.config = replace(model.config, retrieval="bce")
+    found = losses(model, (1, 3, 1, 1), batch(targets=[0], negatives=[1, 2]))
+    assert found.retrieval.item() == pytest.approx(math.log(2 * 7 * 5), rel=1e-6)
+    found = losses(model, (1, 3, 1, 1), batch(targets=[0], negatives=[1, 0]))
+    assert found.retrieval.item() == pytest.approx(math.log(2 * 7), rel=1e-6)
+
+
+def test_a_perturbation_is_learned_where_it_hurts_most(model: TwoStage) -> None:
+    # The user's vector is (1, 0, 0, 0), the target's 0 and the draw's (log 3, 0, 0, 0), each drawn by 1/4: the loss is
+    # log(1 + e^margin) of the margin log 3. Items move by r along ∓ the user's vector, the user by r along the draw's.
+    model.config = replace(model.config, adversarial_radius=0.1, adversarial_weight=0.5)
+    of = batch(targets=[0], negatives=[1], q=(1 / 4,) * 4)
+    assert losses(model, (1, 3, 1, 1), of).total.item() == pytest.approx(
+        sum(losses(model, (1, 3, 1, 1), of)[1:]).item()
+    )  # where nothing is learned, nothing is moved
+    model.train()
+    found = losses(model, (1, 3, 1, 1), of)
+    margin = 1.1 * (math.log(3) + 0.1) + 1.1 * 0.1
+    expected = found.retrieval + found.click + found.rating + 0.5 * math.log1p(math.exp(margin))
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_a_draw_of_the_target_itself_is_no_negative(model: TwoStage) -> None:
     # Negatives 0 fall away: 2 / (2 + 12).
     found = losses(model, (1, 3, 1, 1), batch(targets=[0], negatives=[0, 1, 0]))
@@ -187,7 +212,9 @@ def test_stars_weigh_in_the_order_as_the_recipe_says(model: TwoStage) -> None:
     ("setting", "message"),
     [
         ({"history": "cnn"}, r"model\.history='cnn': is none of pool, lstm, transformer, hstu"),
-        ({"interaction": "sum"}, r"model\.interaction='sum': is none of mlp, dcn, bilinear"),
+        ({"retrieval": "hinge"}, r"model\.retrieval='hinge': is none of softmax, bce"),
+        ({"adversarial_radius": -1.0}, r"model\.adversarial_radius=-1\.0: must be 0 or more"),
+        ({"interaction": "sum"}, r"model\.interaction='sum': is none of mlp, dcn, bilinear, deepfm"),
         ({"layers": 0}, r"model\.layers=0"),
         ({"dropout": 1.0}, r"model\.dropout=1\.0"),
     ],
