@@ -32,6 +32,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "model": "training.models.two_stage:ModelConfig",
         "ids": "embeddings.ids.config:IdsConfig",
         "train": "training.run:TrainConfig",
+        "tracking": "training.tracking:TrackingConfig",
         "ease": "training.baselines.config:EaseConfig",
         "item_neighbours": "training.baselines.config:ItemNeighboursConfig",
         "user_neighbours": "training.baselines.config:UserNeighboursConfig",

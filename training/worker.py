@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 from safetensors.numpy import load_file
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from cluster.config import Recipe
 from cluster.dataset import load_dataset
@@ -35,9 +34,10 @@ from training.evaluation.next_item import Beside, Catalogue, rank_next_items
 from training.inputs import TrainingInputs, load_inputs
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig, TwoStage
-from training.run import METRICS_FILE, TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
+from training.run import TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
 from training.stream import DataConfig, count_batches, stream_batches
+from training.tracking import Scalars
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -61,6 +61,11 @@ class Progress:
     blended: dict[str, float] = field(default_factory=dict)
     """The weight of the classical system beside the model, and what they come to together; empty without one."""
 
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of the fit and final ones."""
+        return self.epoch + self.final_epochs
+
     def is_final(self, config: TrainConfig) -> bool:
         """Whether the fit is over: out of epochs or out of patience."""
         return self.epoch >= config.epochs or self.epoch - self.best_epoch > config.patience
@@ -83,7 +88,7 @@ def train_worker(job: dict[str, str]) -> None:
     optimizers = Optimizers(model, config.step())
     start_untold_items(model, inputs.text, tables.dim, config.seed)
     progress = resume(model, optimizers)
-    with Scalars(folder) as scalars:
+    with Scalars(folder, recipe, dist.get_rank()) as scalars:
         while not progress.is_final(config):
             metrics = train_epoch(model, optimizers, inputs, recipe, progress) | validate(model, inputs)
             if metrics["ndcg_at_10"] > progress.best_ndcg_at_10:
@@ -91,7 +96,7 @@ def train_worker(job: dict[str, str]) -> None:
                 progress.best_hit_at_10, progress.best_ndcg_at_10 = metrics["hit_at_10"], metrics["ndcg_at_10"]
                 save_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
             progress.epoch += 1
-            scalars.write(metrics, progress)
+            scalars.write(metrics, progress.epochs_done)
             report(metrics, model, optimizers, progress)
         if progress.final_epochs == 0:
             load_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
@@ -99,7 +104,7 @@ def train_worker(job: dict[str, str]) -> None:
         while progress.final_epochs < config.final_epochs:
             metrics = train_epoch(model, optimizers, inputs, recipe, progress)
             progress.final_epochs += 1
-            scalars.write(metrics, progress)
+            scalars.write(metrics, progress.epochs_done)
             report(metrics, model, optimizers, progress)
         if config.final_epochs == 0:
             report({}, model, optimizers, progress)
@@ -133,7 +138,7 @@ def train_epoch(
         data,
         max_history=max_history,
         seed=config.seed,
-        epoch=progress.epoch + progress.final_epochs,
+        epoch=progress.epochs_done,
         rank=dist.get_rank(),
         workers=dist.get_world_size(),
     ):
@@ -230,29 +235,3 @@ def report(
             | progress.blended,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
         )
-
-
-class Scalars:
-    """Rank 0's record of the run: TensorBoard and one JSON line an epoch; silent on the other ranks."""
-
-    def __init__(self, folder: Path) -> None:
-        self._lines = folder / METRICS_FILE
-        self._board = SummaryWriter(str(folder / "tensorboard")) if dist.get_rank() == 0 else None
-
-    def __enter__(self) -> "Scalars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            self._board.close()
-
-    def write(self, metrics: dict[str, float], progress: Progress) -> None:
-        """Record one epoch."""
-        if self._board is None:
-            return
-        done = progress.epoch + progress.final_epochs
-        for name, value in metrics.items():
-            self._board.add_scalar(f"train/{name}", value, done)
-        self._board.flush()
-        with self._lines.open("a") as lines:
-            lines.write(json.dumps({"epoch": done} | metrics) + "\n")

@@ -46,6 +46,7 @@ from training.examples.stream import ExampleRows, ExampleStream, StreamConfig
 from training.models.click import ClickConfig, build_click_model
 from training.run import CHECKPOINTS_FOLDER, METRICS_FILE, SCORES_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
+from training.tracking import open_boards
 
 RNG = "rng"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -91,6 +92,7 @@ class ExamplesTrainer:
         self._pieces = local_shards(self.model)
         self._ids_state = self.rows.state()
         self._saved_steps = -1
+        self._boards = open_boards(folder, recipe) if dist.get_rank() == 0 else []
 
     def train(self) -> Position:
         """Collective. Train from the newest checkpoint to the end, which is saved as well; return where that is."""
@@ -101,6 +103,8 @@ class ExamplesTrainer:
             position.epoch, position.step = position.epoch + 1, 0
         self.save(position)
         self.writer.close()
+        for board in self._boards:
+            board.close()
         return position
 
     def train_epoch(self, position: Position) -> Iterator[int]:
@@ -241,6 +245,9 @@ class ExamplesTrainer:
         }
 
     def _log(self, metrics: Mapping[str, object]) -> None:
+        figures = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        for board in self._boards:
+            board.write(figures, int(figures["steps"]))
         if dist.get_rank() == 0:
             with (self.folder / METRICS_FILE).open("a") as lines:
                 lines.write(json.dumps(metrics) + "\n")

@@ -57,7 +57,7 @@ class ModelConfig:
     retrieval: str = SOFTMAX
     """Loss of the towers: softmax over target and negatives, or bce, each of them by itself."""
     adversarial_radius: float = 0.0
-    """How far the towers' vectors are moved to where the retrieval loss rises fastest, and learned there too; 0: not."""
+    """How far the towers' vectors are moved to where the retrieval loss rises most, to be learned there too; 0: not."""
     adversarial_weight: float = 0.5
     """Of that loss."""
     interaction: str = "mlp"

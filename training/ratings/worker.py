@@ -26,7 +26,8 @@ from training.models.rating import RatingBatch, RatingConfig, RatingLosses, Rati
 from training.ratings.inputs import RatingInputs, build_rating_batch, load_rating_inputs
 from training.run import TEXT_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
-from training.worker import Progress, Scalars, best_folder
+from training.tracking import Scalars
+from training.worker import Progress, best_folder
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -49,7 +50,7 @@ def train_ratings(job: dict[str, str]) -> None:
     )
     optimizers = Optimizers(model, config.step())
     progress, best_auc = Progress(), -1.0
-    with Scalars(folder) as scalars:
+    with Scalars(folder, recipe, dist.get_rank()) as scalars:
         while not progress.is_final(config):
             metrics = _train_epoch(model, optimizers, inputs, recipe, progress)
             metrics |= evaluate_ratings(model, inputs, inputs.validation, ratings)
@@ -57,7 +58,7 @@ def train_ratings(job: dict[str, str]) -> None:
                 progress.best_epoch, best_auc = progress.epoch, metrics["auc"]
                 save_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
             progress.epoch += 1
-            scalars.write(metrics, progress)
+            scalars.write(metrics, progress.epochs_done)
     load_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
     figures: dict[str, float] = {"best_epoch": progress.best_epoch}
     for part, chosen in (("validation", inputs.validation), ("test", inputs.test)):
