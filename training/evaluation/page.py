@@ -32,6 +32,8 @@ MEANING = {
     "gini": "how unequally lists name items: 0 all alike, 1 one of them alone",
     "rating_rmse": "root of the mean squared error of estimated ratings",
     "rating_mae": "mean absolute error of estimated ratings",
+    "rating_gauc": "rating_auc of each user's own interactions, weighted by their number",
+    "rating_auc": "chance that what was rated 4 or more has a higher estimate than what was rated lower",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -26,6 +26,7 @@ from training.evaluation import beyond_accuracy
 from training.evaluation.leakage import check_excluded, check_time_order
 from training.evaluation.lists import IntArray, find_hits, list_values
 from training.evaluation.metrics import FloatArray, mean_intervals
+from training.evaluation.predictions import auc, group_auc
 from training.evaluation.segments import ALL, Segments, read_attribute, segments_by_attribute, segments_by_history
 from training.evaluation.significance import holm, randomisation_tests
 from training.evaluation.system import Cases, RatingSystem, System
@@ -34,6 +35,8 @@ from training.stream import build_history
 
 K = 10
 SEED = 0
+LIKED_FROM = 4.0
+"""Stars from which on an item is liked."""
 
 Row = dict[str, Any]  # Any: whatever JSON holds
 
@@ -67,6 +70,14 @@ class Scoreboard:
                 | {"value": squared.mean**0.5, "low": squared.low**0.5, "high": squared.high**0.5},
                 {"metric": "rating_mae", "version": name}
                 | {"value": absolute.mean, "low": absolute.low, "high": absolute.high},
+            ]
+            estimate_N, liked_N = self.ratings[name][told_N], self.rating_N[told_N] >= LIKED_FROM
+            orders = {"rating_auc": auc(estimate_N, liked_N)}
+            orders["rating_gauc"] = group_auc(estimate_N, liked_N, self.user_N[told_N])
+            rows += [
+                {"metric": metric, "version": name, "value": value}
+                for metric, value in orders.items()
+                if np.isfinite(value)  # where nothing, or nothing but, was liked, there is no order
             ]
         return sorted(rows, key=lambda row: row["metric"], reverse=True)
 

@@ -60,6 +60,8 @@ class ModelConfig:
     """How far the towers' vectors are moved to where the retrieval loss rises most, to be learned there too; 0: not."""
     adversarial_weight: float = 0.5
     """Of that loss."""
+    item_row_dropout: float = 0.0
+    """Share of items whose row is hidden in a step, so that what is told of an item can stand for itself."""
     interaction: str = "mlp"
     """Interaction of the ranker: mlp, dcn, deepfm or bilinear."""
     ranker_hidden: int = 64
@@ -81,7 +83,7 @@ class ModelConfig:
         for name in ("max_history", "layers", "heads", "ranker_hidden", "candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("dropout", "user_row_dropout"):
+        for name in ("dropout", "user_row_dropout", "item_row_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be in [0, 1)")
 
@@ -145,7 +147,7 @@ class TwoStage(nn.Module):
 
     def forward(self, batch: Batch, row_ND: torch.Tensor, user_row_BD: torch.Tensor) -> Losses:
         """Return the losses of a batch, given the table rows that it lists."""
-        item_ND = self.item_vectors(row_ND, batch.text_NE)
+        item_ND = self.item_vectors(self._kept(row_ND), batch.text_NE)
         user_BLD = self.user_vectors(
             item_ND[batch.history_BL],
             batch.kind_BL,
@@ -172,6 +174,13 @@ class TwoStage(nn.Module):
             moved = self._adversarial_loss(user_PD, target_P, weight_P, item_ND, batch)
             total = total + self.config.adversarial_weight * moved
         return Losses(total=total, retrieval=retrieval, click=click, rating=rating)
+
+    def _kept(self, row_ND: torch.Tensor) -> torch.Tensor:
+        """Return the item rows, some of them hidden while training (Volkovs et al., NeurIPS 2017)."""
+        if not self.training or not self.config.item_row_dropout:
+            return row_ND
+        kept_N = torch.rand(len(row_ND), device=row_ND.device) >= self.config.item_row_dropout
+        return row_ND * kept_N.to(row_ND.dtype).unsqueeze(1)
 
     def _visible(self, user_row_BD: torch.Tensor, has_user_B: torch.Tensor) -> torch.Tensor:
         shown_B = has_user_B.to(user_row_BD.dtype)

@@ -191,6 +191,8 @@ def test_a_versions_ratings_are_those_of_its_rating_head(build_home, tmp_path):
     assert {row["metric"]: pytest.approx(row["value"], abs=1e-6) for row in board.rating_rows()} == {
         "rating_rmse": 2**0.5,
         "rating_mae": 6 / 5,
+        "rating_gauc": 1 / 2,
+        "rating_auc": 1 / 2,
     }
 
 

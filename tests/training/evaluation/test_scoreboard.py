@@ -190,6 +190,8 @@ def test_ratings_are_judged_where_there_are_any_and_where_something_is_said_of_t
     # Of u0's 1 and 3 and u1's 4 and 5 the first ones count: 2 and 1 off. u2 has one alone, which is the newest.
     assert rows["rating_mae"]["value"] == pytest.approx(3 / 2)
     assert rows["rating_rmse"]["value"] == pytest.approx((5 / 2) ** 0.5)
+    assert rows["rating_auc"]["value"] == 1 / 2  # the 4 was liked, the 1 was not, both get a 3
+    assert "rating_gauc" not in rows  # nobody has both
     assert {row["version"] for row in rows.values()} == {"critic"}
     assert rows["rating_rmse"]["low"] <= rows["rating_rmse"]["value"] <= rows["rating_rmse"]["high"]
     assert evaluate({"popular": popular}, dataset, first(dataset, 160)).rating_rows() == []

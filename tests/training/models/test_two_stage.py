@@ -97,6 +97,15 @@ def test_a_perturbation_is_learned_where_it_hurts_most(model: TwoStage) -> None:
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_hidden_item_rows_leave_the_text_to_speak(model: TwoStage) -> None:
+    model.config = replace(model.config, item_row_dropout=0.999999)
+    of = batch(targets=[0], negatives=[1], q=(1 / 4,) * 4)
+    assert losses(model, (1, 3, 1, 1), of).retrieval.item() == pytest.approx(math.log(4))  # not while it answers
+    model.train()
+    # No text either: both scores are 0.
+    assert losses(model, (1, 3, 1, 1), of).retrieval.item() == pytest.approx(math.log(2))
+
+
 def test_a_draw_of_the_target_itself_is_no_negative(model: TwoStage) -> None:
     # Negatives 0 fall away: 2 / (2 + 12).
     found = losses(model, (1, 3, 1, 1), batch(targets=[0], negatives=[0, 1, 0]))
