@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     dataset = load_dataset(args.data)
     ranks: dict[str, list[np.ndarray]] = {arm: [] for arm in ARMS}
@@ -56,7 +57,8 @@ def main() -> None:
             for arm, data in datasets.items():
                 home = Home(Path(folder) / f"{arm} {seed}").ensure()
                 registry = Registry(home.registry)
-                ref = publish_run(train_on_ray(load_recipe("movielens", overrides), data, home), registry)
+                recipe = load_recipe("movielens", [*overrides, *args.overrides])
+                ref = publish_run(train_on_ray(recipe, data, home), registry)
                 found, count_N, user_N = _rank_later(ServedModel.load(registry, ref), data)
                 ranks[arm].append(found)
                 print(f"{arm}, seed {seed}: {_describe(found, count_N)}", file=sys.stderr, flush=True)
@@ -82,6 +84,7 @@ def main() -> None:
     for check in checks:
         print(f"{check.name:52} {check.value:>8.3f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
     config = {"data": args.data.name, "seeds": args.seeds, "epochs": args.epochs, "quick": args.quick}
+    config["overrides"] = args.overrides
     print_result(results=results, config=config, checks=checks)
 
 
