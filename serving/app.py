@@ -47,8 +47,8 @@ class Ingress:
 
     async def __init__(self, settings: ReplicaSettings, encoder: DeploymentHandle) -> None:
         loop = asyncio.get_running_loop()
-        encode = RemoteEncoder(encoder, loop, settings.serve.encoder_timeout_s).encode
-        self._replica = Replica(settings, encode, rank=serve.get_replica_context().rank.rank)
+        remote = RemoteEncoder(encoder, loop, settings.serve.encoder_timeout_s)
+        self._replica = Replica(settings, remote, rank=serve.get_replica_context().rank.rank)
         # Off the loop, which the encoder's answers arrive on. A replica is in rotation only once this has returned.
         await loop.run_in_executor(None, self._replica.load)
 
@@ -95,7 +95,7 @@ def _build_app(settings: ReplicaSettings) -> "Application":
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         logging_config={"enable_access_log": False},
     )
-    return ingress.bind(settings, Encoder.bind(settings.encoder, settings.cache))
+    return ingress.bind(settings, Encoder.bind(settings.encoder, settings.cache, config))
 
 
 def _deploy(app: "Application") -> None:

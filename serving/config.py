@@ -42,8 +42,20 @@ class ServeConfig:
     """Threads each of those gives one tensor operation."""
     seed: int = 0
     """Of the policy's draws; each replica adds its rank."""
+    max_batch_texts: int = 2_048
+    """Most texts in one request for vectors."""
+    max_text_chars: int = 200_000
+    """Longest text, or list of token ids, in such a request; of what is taken, the model reads its first tokens."""
     encoder_timeout_s: float = 60.0
-    """How long a new item waits for its vector."""
+    """How long a new item, or a request for vectors, waits for the text encoder."""
+    encoder_batch_tokens: int = 1_024
+    """Tokens that the text encoder reads together at most, padding counted: how long it is before it sees to others."""
+    encoder_gather_ms: float = 2.0
+    """How long an idle text encoder waits for more texts to come with the first."""
+    encoder_cached: int = 20_000
+    """Vectors of texts that people asked about which are kept in memory; no file holds them."""
+    warm_encoder: bool = True
+    """Load the text encoder's model at the start, not with the first text."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -56,6 +68,9 @@ class ServeConfig:
             "max_k",
             "max_batch_events",
             "max_body_bytes",
+            "max_batch_texts",
+            "max_text_chars",
+            "encoder_batch_tokens",
             "max_ongoing_requests",
             "max_queued_requests",
             "threads",
@@ -65,5 +80,8 @@ class ServeConfig:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 1")
         if self.pinned_version is not None and self.pinned_version < 1:
             raise ConfigError(f"serve.pinned_version={self.pinned_version}: versions are numbered from 1")
+        for name in ("encoder_gather_ms", "encoder_cached"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 0")
         if self.encoder_timeout_s <= 0:
             raise ConfigError(f"serve.encoder_timeout_s={self.encoder_timeout_s}: must be above 0")

@@ -8,13 +8,12 @@ run in two small pools, so that a slow new item does not hold up recommendations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-import pydantic_core
 from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel
 
@@ -23,15 +22,18 @@ from cluster.catalogue import Item, parse_item
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
+from embeddings.text_encoder import EncoderConfig
 from serving import recommender, schemas
-from serving.catalogue import Encode
+from serving.batching import Embedder
+from serving.bodies import read_body, split_entries
 from serving.config import ServeConfig
+from serving.embeddings import EmbeddingsApi
 from serving.experiments import ARMS
 from serving.feedback import Intake, Receipt, parse_all
 from serving.freshness import time_state
 from serving.metrics import Metrics, RequestTimer
 from serving.past import LATER_SEED, count_training_events, trained_version
-from serving.problems import ProblemError, add_problem_handlers, problem_response
+from serving.problems import add_problem_handlers, problem_response, refuse_field
 from serving.refresh import Refresher
 from training.models.resident import Resident
 
@@ -55,7 +57,8 @@ class Gateway:
         log: EventLog,
         refresher: Refresher,
         recommender: recommender.Recommender,
-        encode: Encode,
+        encoder: Embedder,
+        encoder_config: EncoderConfig,
         metrics: Metrics,
     ) -> None:
         self._config = config
@@ -64,7 +67,10 @@ class Gateway:
         self._intake = Intake(log)
         self._refresher = refresher
         self._recommender = recommender
-        self._encode = encode
+        self._encoder = encoder
+        self._embeddings = EmbeddingsApi(
+            config, encoder, encoder_config, lambda: refresher.residents.live.state.text_dim
+        )
         self._metrics = metrics
         self._next_look_s = 0.0
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="request")
@@ -84,12 +90,16 @@ class Gateway:
             api.add_api_route(path, answer, methods=[method], responses=described, openapi_extra=extra)
 
         recommend_body = schemas.RecommendRequest.model_json_schema()
+        embeddings_body = schemas.EmbeddingsRequest.model_json_schema()
         event_body = schemas.one_or_many(schemas.event_schema(), "events")
         item_body = schemas.one_or_many(schemas.item_schema(), "items")
         add("/v1/recommend", self.recommend, "POST", schemas.RecommendResponse, recommend_body)
         add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
         add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
         add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
+        add("/v1/embeddings", self._embeddings.embed, "POST", schemas.EmbeddingsResponse, embeddings_body)
+        add("/v1/models", self._embeddings.list_models, "GET", schemas.ModelsResponse, {})
+        add("/v1/models/{model:path}", self._embeddings.show_model, "GET", schemas.ModelDescription, {})
         add("/v1/versions", self.list_versions, "GET", None, {})
         add("/healthz", self.check_health, "GET", None, {})
         add("/readyz", self.check_readiness, "GET", None, {})
@@ -98,12 +108,12 @@ class Gateway:
 
     async def recommend(self, request: Request) -> Response:
         """Recommend up to k items that the user does not have yet; a user nobody knows gets a cold start."""
-        asked = schemas.RecommendRequest.model_validate_json(await self._read_body(request))
+        asked = schemas.RecommendRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         arm = asked.arm or self._config.arms[0]
         if arm not in self._config.arms:
-            raise _refuse_field("arm", f"{arm!r} is not switched on; try {', '.join(self._config.arms)}")
+            raise refuse_field("arm", f"{arm!r} is not switched on; try {', '.join(self._config.arms)}")
         if asked.k > self._config.max_k:
-            raise _refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
+            raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
         query = recommender.Query(
             user_id=asked.user_id, k=asked.k, arm=arm, min_seq=asked.min_seq, exclude=frozenset(asked.exclude)
         )
@@ -114,7 +124,7 @@ class Gateway:
 
     async def take_feedback(self, request: Request) -> Response:
         """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""
-        receipt = await self._intake.take(self._entries(await self._read_body(request), "events"))
+        receipt = await self._intake.take(await self._entries(request, "events"))
         self._metrics.count_events("accepted", receipt.accepted)
         self._metrics.count_events("duplicate", receipt.duplicates)
         self._metrics.count_events("rejected", len(receipt.rejected))
@@ -123,8 +133,7 @@ class Gateway:
 
     async def put_items(self, request: Request) -> Response:
         """Add items, or replace those of the same id; they are recommendable by their text at once."""
-        entries = self._entries(await self._read_body(request), "items")
-        items, rejected = parse_all(entries, parse_item)
+        items, rejected = parse_all(await self._entries(request, "items"), parse_item)
         if items:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._item_pool, self._store_items, items)
@@ -168,7 +177,9 @@ class Gateway:
         return {**self._refresher.problems, **({"state": state} if state else {})}
 
     def _store_items(self, items: Sequence[Item]) -> None:
-        self._encode([item.text for item in items])  # first, and cached: an item that cannot be encoded is not stored
+        self._encoder.encode(
+            [item.text for item in items]
+        )  # first, and cached: an item that cannot be encoded is not stored
         self._log.put_items(items)
         self._refresher.refresh_items()
 
@@ -206,32 +217,9 @@ class Gateway:
     async def _in_pool(self, work: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
-    async def _read_body(self, request: Request) -> bytes:
-        """Return the body; one that is too large is read to its end but not kept, so that the client hears why."""
-        limit_bytes = self._config.max_body_bytes
-        size_bytes, chunks = 0, []
-        async for chunk in request.stream():
-            size_bytes += len(chunk)
-            if size_bytes <= limit_bytes:
-                chunks.append(chunk)
-        if size_bytes > limit_bytes:
-            detail = f"the body has {size_bytes:,} bytes; at most {limit_bytes:,}"
-            raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
-        return b"".join(chunks)
-
-    def _entries(self, body: bytes, name: str) -> Sequence[object]:
-        """Return the entries of a body that is one, a list of them, or an object that holds the list."""
-        try:
-            stated = pydantic_core.from_json(body)
-        except ValueError as error:
-            raise ProblemError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from error
-        if isinstance(stated, Mapping):
-            stated = stated[name] if set(stated) == {name} else [stated]
-        if not isinstance(stated, list) or not stated:
-            raise _refuse_field(name, "must be an object, a list of objects, or an object that holds such a list")
-        if len(stated) > self._config.max_batch_events:
-            raise _refuse_field(name, f"{len(stated):,} entries; at most {self._config.max_batch_events:,} at a time")
-        return stated
+    async def _entries(self, request: Request, name: str) -> Sequence[object]:
+        body = await read_body(request, self._config.max_body_bytes)
+        return split_entries(body, name, self._config.max_batch_events)
 
 
 def _describe_recommendation(query: recommender.Query, found: recommender.Recommendation, *, with_text: bool) -> Json:
@@ -273,11 +261,6 @@ def _describe_receipt(receipt: Receipt) -> Json:
         "results": [entry._asdict() for entry in receipt.appended],
         "rejected": [asdict(entry) for entry in receipt.rejected],
     }
-
-
-def _refuse_field(field: str, reason: str) -> ProblemError:
-    errors = [{"index": 0, "field": field, "reason": reason}]
-    return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field}: {reason}", errors)
 
 
 def _json(value: Json, status: int = HTTPStatus.OK) -> Response:

@@ -32,6 +32,12 @@ class ProblemError(Exception):
         self.errors = errors
 
 
+def refuse_field(field: str, reason: str) -> ProblemError:
+    """Return the error of a request with one field that will not do."""
+    errors = [{"index": 0, "field": field, "reason": reason}]
+    return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field}: {reason}", errors)
+
+
 def problem_response(
     status: int, detail: str, errors: Sequence[dict[str, Any]] = (), headers: dict[str, str] | None = None
 ) -> Response:

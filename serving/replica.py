@@ -17,7 +17,8 @@ from cluster.home import Home
 from cluster.log.retention import LogConfig
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
-from serving.catalogue import Encode, LiveCatalogue
+from serving.batching import Embedder
+from serving.catalogue import LiveCatalogue
 from serving.config import ServeConfig
 from serving.experiments import ARMS
 from serving.gateway import Gateway
@@ -72,14 +73,14 @@ def resolve_settings(recipe: Recipe, home: Home) -> ReplicaSettings:
 class Replica:
     """One process's parts."""
 
-    def __init__(self, settings: ReplicaSettings, encode: Encode, *, rank: int) -> None:
+    def __init__(self, settings: ReplicaSettings, encoder: Embedder, *, rank: int) -> None:
         """Open the log; what differs between replicas follows from their rank."""
         config = settings.serve
         torch.set_num_threads(config.torch_threads)
         registry, metrics = Registry(settings.registry_uri), Metrics()
         self._pinned_version = config.pinned_version
         self._log = open_served_log(settings.engine, settings.log, settings.log_path)
-        catalogue = LiveCatalogue(self._log, encode)
+        catalogue = LiveCatalogue(self._log, encoder.encode)
         interval_s = config.poll_interval_ms / 1e3
         self.refresher = Refresher(registry, self._log, catalogue, metrics, poll_interval_s=interval_s)
         recommender = Recommender(
@@ -95,7 +96,8 @@ class Replica:
             log=self._log,
             refresher=self.refresher,
             recommender=recommender,
-            encode=encode,
+            encoder=encoder,
+            encoder_config=settings.encoder,
             metrics=metrics,
         )
 

@@ -4,7 +4,7 @@ In:  request bodies.  Out: checked models, and the schemas of bodies and answers
 Knows nothing of how requests are answered. Answers are written as JSON directly; their models document them.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -59,6 +59,84 @@ class RecommendResponse(BaseModel):
     arm: str
     cold_start: bool
     items: list[RecommendedItem]
+
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class EmbeddingsRequest(BaseModel):
+    """Texts whose vectors are wanted, as OpenAI's API takes them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: str | list[str] | list[Token] | list[list[Token]] = Field(
+        description="A text, texts, or lists of the model's own token ids without special ones."
+    )
+    model: str = Field(description="See /v1/models.")
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="base64 is of little-endian float32."
+    )
+    dimensions: int | None = Field(default=None, ge=1, description="Keep the first so many, at length 1 again.")
+    user: str | None = Field(default=None, description="Taken and not looked at.")
+
+
+class EmbeddingEntry(BaseModel):
+    """One text's vector."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    truncated: bool | None = Field(default=None, description="True where the text has more than the model reads.")
+
+
+class EmbeddingsUsage(BaseModel):
+    """What the model read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """Vectors of length 1, in the order of the texts."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingsUsage
+    encoder: str = Field(description="Fingerprint; vectors of different ones do not compare.")
+
+
+class ModelDescription(BaseModel):
+    """A model that makes vectors."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    dimensions: int
+    max_tokens: int
+
+
+class ModelsResponse(BaseModel):
+    """All of them, of which there is one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelDescription]
+
+
+class OpenAIProblem(BaseModel):
+    """What is wrong, as clients of OpenAI's API expect it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    """An error of the routes that are compatible with OpenAI's."""
+
+    error: OpenAIProblem
 
 
 class RejectedEntry(BaseModel):

@@ -14,17 +14,16 @@ connection after the other: those it has are answered and closed.
 import asyncio
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.haproxy import count_replicas
-from embeddings.text_encoder import TextEncoder
 from serving import shared_port
+from serving.batching import LocalEncoder, build_batching
 from serving.replica import Replica, ReplicaSettings
 
 FALLBACK_HOST = "127.0.0.1"
@@ -46,17 +45,13 @@ class Standby:
     """The replica with its ports, while the block lasts."""
 
     def __init__(self, settings: ReplicaSettings, host: str, port: int, *, fallback_port: int, stats_port: int) -> None:
-        encoder, lock = TextEncoder(settings.encoder, settings.cache), threading.Lock()
-
-        def encode(texts: Sequence[str]) -> np.ndarray:
-            with lock:  # items are put by one thread and read by another
-                return encoder.encode(texts)
-
+        self._encoder = build_batching(settings.encoder, settings.cache, settings.serve)
+        encoder = LocalEncoder(self._encoder, settings.serve.encoder_timeout_s)
         self._address = (host, port)
         self._fallback_port = fallback_port
         self._stats_port = stats_port
         self._busy_poll_s = settings.serve.poll_interval_ms / 1e3
-        self._replica = Replica(settings, encode, rank=settings.serve.replicas)
+        self._replica = Replica(settings, encoder, rank=settings.serve.replicas)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="standby", daemon=True)
         self._public: _Endpoint | None = None
@@ -79,6 +74,7 @@ class Standby:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(JOIN_PATIENCE_S)
         self._replica.close()
+        self._encoder.stop()
 
     def look(self) -> bool:
         """Take over or stand back, as HAProxy is; return whether HAProxy has been well for some looks."""

@@ -22,6 +22,9 @@ from cluster.registry import Registry
 from embeddings.quantized import QuantizedRows
 from embeddings.tables import TablesConfig
 from serving.app import running_app
+from serving.past import seed_history
+from serving.replica import resolve_settings
+from serving.standby import Standby
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
     COUNT_ROWS,
@@ -53,6 +56,8 @@ heads = 1
 arms = ["live", "state", "frozen"]
 poll_interval_ms = 20
 max_body_bytes = 100000
+max_text_chars = 20000
+warm_encoder = false
 max_k = 500
 """
 SECTIONS = {
@@ -232,3 +237,16 @@ def served(ray_cluster: RaySession, tmp_path_factory: pytest.TempPathFactory) ->
         EventLog(home.log) as log,
     ):
         yield Served(url, tiny, log)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The app without Ray, once for all tests that ask nothing of Ray: the standby, which has the address to itself."""
+    home = Home(tmp_path_factory.mktemp("alone")).ensure()
+    tiny = TinyVersions(home)
+    tiny.publish_version()
+    seed_history(tiny.registry, home)
+    ports = {"stats_port": find_free_port(), "fallback_port": find_free_port()}
+    port = find_free_port()
+    with Standby(resolve_settings(tiny.recipe, home), "127.0.0.1", port, **ports), EventLog(home.log) as log:
+        yield Served(f"http://127.0.0.1:{port}", tiny, log)

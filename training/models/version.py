@@ -79,6 +79,11 @@ class VersionState:
     """File name to checksum, of the files whose content is here as it was read: no delta has changed it since."""
 
     @property
+    def text_dim(self) -> int:
+        """Length of the vectors by which the encoder tells of items."""
+        return self.rows[TEXT_ROWS].shape[1]
+
+    @property
     def trained_rows(self) -> Mapping[str, torch.Tensor]:
         """Return the rows to train on from, and to publish as a version of its own."""
         return {**self.rows, **self.exact}
