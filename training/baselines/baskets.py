@@ -121,7 +121,7 @@ class TifuKnn:
         return np.concatenate(blocks) if blocks else np.empty((0, len(self._popular_I)), np.float32)
 
     def _scores(self, user_row_B: IntArray) -> Scores:
-        alike_BU = (self._unit_UI[user_row_B] @ self._unit_UI.T).toarray()
+        alike_BU = sparse.csr_array(self._unit_UI[user_row_B] @ self._unit_UI.T).toarray()
         alike_BU[np.arange(len(user_row_B)), user_row_B] = -1.0  # nobody is their own neighbour
         kept = min(self.neighbours, alike_BU.shape[1] - 1)
         nearest_BK = (
@@ -135,6 +135,7 @@ class TifuKnn:
             ),
             shape=alike_BU.shape,
         )
-        own_BI, theirs_BI = self._own_UI[user_row_B].toarray(), (who_BU @ self._own_UI).toarray()
+        own_BI = self._own_UI[user_row_B].toarray()
+        theirs_BI = sparse.csr_array(who_BU @ self._own_UI).toarray()
         mixed_BI = self.own_share * own_BI + (1 - self.own_share) * theirs_BI
         return (mixed_BI + 1e-6 * self._popular_I).astype(np.float32)

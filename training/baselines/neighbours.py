@@ -169,7 +169,8 @@ class TextNeighbours:
 
     def _profiles(self, seen_UI: sparse.csr_array) -> np.ndarray:
         """Return users' means at length 1, [U, E]; 0 of who has nothing that is told of."""
-        profile_UE = seen_UI @ self.vector_IE[: seen_UI.shape[1]]  # whoever serves may be told of items put since
+        items = len(self.popularity_I)  # whoever serves may be told of items put since
+        profile_UE = seen_UI @ self.vector_IE[:items]
         length_U1 = np.linalg.norm(profile_UE, axis=1, keepdims=True)
         return profile_UE / np.where(length_U1 > 0, length_U1, 1.0)
 
