@@ -102,6 +102,11 @@ class TextEncoder:
         zero = np.zeros(self.dim, np.float32)
         return np.stack([known.get(key, zero) for key in keys]) if texts else np.empty((0, self.dim), np.float32)
 
+    @property
+    def query_prefix(self) -> str:
+        """What a query starts with, as the model was trained."""
+        return ""
+
     def tokenize(self, inputs: Sequence[str | Sequence[int]]) -> list[Tokens]:
         """Return what the model reads of each text, or of token ids of its own without the special ones.
 
@@ -135,7 +140,7 @@ class TextEncoder:
 
         tokenizer, model = self._model
         length = max(len(entry.ids) for entry in tokens)
-        ids_BL = torch.full((len(tokens), length), tokenizer.pad_token_id or 0)
+        ids_BL = torch.full((len(tokens), length), int(tokenizer.pad_token_id or 0))
         present_BL = torch.zeros((len(tokens), length), dtype=torch.long)
         for row, (ids, _) in enumerate(tokens):
             ids_BL[row, : len(ids)] = torch.tensor(ids)

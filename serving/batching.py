@@ -75,6 +75,7 @@ class _Request:
     """Texts that are answered together."""
 
     texts: Sequence[Text]
+    first: bool
     answer: "Future[Embedded]" = field(default_factory=Future)
     tokens: dict[int, Tokens] = field(default_factory=dict)
     """By place in the request."""
@@ -158,11 +159,11 @@ class BatchingEncoder:
         self._thread.start()
 
     def embed(self, texts: Sequence[Text], *, first: bool = False) -> "Future[Embedded]":
-        """Have texts encoded, `first` before all others; the future may raise `UnreadableTextError` or `EngineError`.
+        """Have texts encoded; those that go `first`, before all others and as queries.
 
-        Calling it off gives up what is still waiting.
+        The future may raise `UnreadableTextError` or `EngineError`; calling it off gives up what is still waiting.
         """
-        request = _Request(texts)
+        request = _Request(texts, first)
         if not texts:
             request.answer.set_exception(UnreadableTextError("no text is given"))
         with self._changed:
@@ -280,10 +281,14 @@ class BatchingEncoder:
                     _settle(request.answer, error=_told(error))
 
     def _note(self, new: Sequence[_Waiting]) -> None:
-        tokenized = self._encoder.tokenize([waiting.request.texts[waiting.place] for waiting in new]) if new else []
+        tokenized = self._encoder.tokenize([self._asked(waiting) for waiting in new]) if new else []
         for waiting, tokens in zip(new, tokenized, strict=True):
             waiting.tokens = waiting.request.tokens[waiting.place] = tokens
             waiting.key = hashlib.blake2b(array("q", tokens.ids).tobytes(), digest_size=KEY_BYTES).digest()
+
+    def _asked(self, waiting: _Waiting) -> Text:
+        text = waiting.request.texts[waiting.place]
+        return self._encoder.query_prefix + text if waiting.request.first and isinstance(text, str) else text
 
     def _deliver(self, waiting: _Waiting, vector: np.ndarray) -> None:
         request = waiting.request

@@ -48,6 +48,8 @@ class ServeConfig:
     """Longest text, or list of token ids, in such a request; of what is taken, the model reads its first tokens."""
     encoder_timeout_s: float = 60.0
     """How long a new item, or a request for vectors, waits for the text encoder."""
+    interests_timeout_s: float = 1.0
+    """How long a recommendation waits for the vectors of stated interests before it is made without them."""
     encoder_batch_tokens: int = 1_024
     """Tokens that the text encoder reads together at most, padding counted: how long it is before it sees to others."""
     encoder_gather_ms: float = 2.0
@@ -83,5 +85,6 @@ class ServeConfig:
         for name in ("encoder_gather_ms", "encoder_cached"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 0")
-        if self.encoder_timeout_s <= 0:
-            raise ConfigError(f"serve.encoder_timeout_s={self.encoder_timeout_s}: must be above 0")
+        for name in ("encoder_timeout_s", "interests_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"serve.{name}={getattr(self, name)}: must be above 0")

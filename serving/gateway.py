@@ -31,6 +31,7 @@ from serving.embeddings import EmbeddingsApi
 from serving.experiments import ARMS
 from serving.feedback import Intake, Receipt, parse_all
 from serving.freshness import time_state
+from serving.interests import InterestReader, Stated
 from serving.metrics import Metrics, RequestTimer
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import add_problem_handlers, problem_response, refuse_field
@@ -68,6 +69,7 @@ class Gateway:
         self._refresher = refresher
         self._recommender = recommender
         self._encoder = encoder
+        self._interests = InterestReader(encoder, encoder_config)
         self._embeddings = EmbeddingsApi(
             config, encoder, encoder_config, lambda: refresher.residents.live.state.text_dim
         )
@@ -114,13 +116,23 @@ class Gateway:
             raise refuse_field("arm", f"{arm!r} is not switched on; try {', '.join(self._config.arms)}")
         if asked.k > self._config.max_k:
             raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
+        stated = await self._read_interests(asked.interests) if asked.interests is not None else None
         query = recommender.Query(
-            user_id=asked.user_id, k=asked.k, arm=arm, min_seq=asked.min_seq, exclude=frozenset(asked.exclude)
+            user_id=asked.user_id,
+            k=asked.k,
+            arm=arm,
+            min_seq=asked.min_seq,
+            exclude=frozenset(asked.exclude),
+            stated=stated,
         )
         found = await self._in_pool(self._recommender.recommend, query)
         if found.state_fallback:
             self._metrics.count_state_fallback()
         return _json(_describe_recommendation(query, found, with_text=asked.with_text))
+
+    async def _read_interests(self, text: str) -> Stated:
+        config = self._config
+        return await self._interests.read(text, min(config.interests_timeout_s, config.encoder_timeout_s))
 
     async def take_feedback(self, request: Request) -> Response:
         """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""
@@ -242,9 +254,21 @@ def _describe_recommendation(query: recommender.Query, found: recommender.Recomm
         "cold_start": found.cold_start,
         "items": items,
     }
+    if found.stated is not None:
+        answer["encoder"] = found.stated.encoder
+        answer["interests"] = _describe_interests(found.stated)
+        answer["used"] = [
+            *(["interests"] if found.stated.interests is not None else []),
+            *(["history"] if found.uses_history else []),
+        ]
     if found.state_fallback:
         answer["state_fallback"] = True
     return answer if found.reflects_min_seq is None else {**answer, "reflects_min_seq": found.reflects_min_seq}
+
+
+def _describe_interests(stated: Stated) -> Json:
+    about: Json = {"liked": stated.liked, "disliked": stated.disliked}
+    return about if stated.fallback is None else {**about, "fallback": stated.fallback}
 
 
 def _describe_trial(trial: Canary | None, model: Resident | None) -> Json | None:

@@ -4,13 +4,17 @@ In:  a `Query`.  Out: a `Recommendation` that names the one version it came from
 Knows nothing of HTTP or of how versions arrive. Blocks on the log and on torch: call it off the event loop.
 """
 
+import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from cluster.log import EventLog
+from cluster.log import EventLog, Interaction
+from embeddings.text_encoder import EncoderConfig
 from serving.experiments import ARMS
+from serving.interests import Stated
 from serving.refresh import Residents
+from training.models.resident import Resident
 from training.policies import PolicyConfig, Slate, build_policy
 
 FIRST_LIVE_SEQ = 1
@@ -27,6 +31,8 @@ class Query:
     min_seq: int | None = None
     """An event the answer should reflect."""
     exclude: frozenset[str] = frozenset()
+    stated: Stated | None = None
+    """The interests that the request states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,10 @@ class Recommendation:
     slate: Slate
     texts: list[str | None]
     """Text of each item of the slate."""
+    stated: Stated | None = None
+    """The query's interests, with the reason where they were not used."""
+    uses_history: bool = True
+    """Whether the user's history has a part in it."""
 
 
 class Recommender:
@@ -73,7 +83,12 @@ class Recommender:
         owned = self._log.seen_items(query.user_id)  # all of them: nobody is offered what they have, whatever the arm
 
         exclude = owned | query.exclude | residents.unavailable
-        candidates = model.recommend(query.user_id, state.history, max(query.k, self._candidates), exclude)
+        history, stated = state.history, query.stated
+        if stated is not None:
+            history, stated = _with_interests(model, history, stated)
+        candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude)
+        if stated is not None and stated.interests is not None:
+            candidates = model.bury(candidates, stated.interests)
         slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
         return Recommendation(
             request_id=uuid.uuid4().hex,
@@ -87,4 +102,23 @@ class Recommender:
             cold_start=candidates.cold_start,
             slate=slate,
             texts=[model.text_of(item_id) for item_id in slate.item_ids],
+            stated=stated,
+            uses_history=query.stated is None or any(model.knows(entry.item_id) for entry in state.history),
         )
+
+
+def _with_interests(
+    model: Resident, history: Sequence[Interaction], stated: Stated
+) -> tuple[Sequence[Interaction], Stated]:
+    """Return the history with what stands for the interests before it, and the interests as far as they are used."""
+    if stated.interests is None:
+        return history, stated
+    if model.state.recipe.section(EncoderConfig) != stated.config:
+        return history, replace(stated, interests=None, fallback="encoder_mismatch")
+    matching = model.matching(stated.interests)
+    if not matching:
+        return history, replace(stated, interests=None, fallback="no_text")
+    ts_us = history[0].ts_us if history else time.time_ns() // 1_000
+    told = [Interaction(item_id, "click", None, ts_us, 0) for item_id in matching]
+    newest = max(len(history) + len(told) - model.max_history, 0)
+    return [*told, *history[newest:]], stated

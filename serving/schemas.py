@@ -10,6 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from cluster.catalogue import Item
 from cluster.events import KINDS, MAX_ID_CHARS, Event
+from serving.interests import Fallback
+
+MAX_INTERESTS_CHARS = 2_000
 
 
 def _without_nul(value: str) -> str:
@@ -34,6 +37,12 @@ class RecommendRequest(BaseModel):
     arm: str | None = Field(default=None, max_length=100, description="Arm of an experiment; see /v1/versions.")
     exclude: list[Identifier] = Field(default=[], max_length=10_000, description="Items not to recommend.")
     with_text: bool = Field(default=False, description="Whether to return each item's text.")
+    interests: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_INTERESTS_CHARS,
+        description="What the user says they like; clauses beginning with no, not, without … count as disliked.",
+    )
 
 
 class RecommendedItem(BaseModel):
@@ -44,6 +53,14 @@ class RecommendedItem(BaseModel):
     score: float
     propensity: float
     text: str | None = None
+
+
+class UsedInterests(BaseModel):
+    """How stated interests were understood."""
+
+    liked: str
+    disliked: list[str]
+    fallback: Fallback | None = Field(default=None, description="Why they were not used.")
 
 
 class RecommendResponse(BaseModel):
@@ -57,8 +74,13 @@ class RecommendResponse(BaseModel):
     state_fallback: bool = False
     reflects_min_seq: bool | None = None
     arm: str
-    cold_start: bool
+    cold_start: bool = Field(description="Whether nothing the user did, or says they like, could be used.")
     items: list[RecommendedItem]
+    encoder: str | None = Field(
+        default=None, description="Where interests were stated: fingerprint of what read them and the items."
+    )
+    interests: UsedInterests | None = None
+    used: list[Literal["interests", "history"]] | None = None
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]

@@ -39,7 +39,6 @@ class ServedClassical(Catalogue):
     """One version's answers. Build it with `build`, `with_state` and `with_items`."""
 
     classical: FittedSystem
-    text_IE: torch.Tensor
 
     @classmethod
     def build(cls, state: VersionState, put: Put, resident: Resident | None = None) -> "ServedClassical":

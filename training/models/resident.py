@@ -8,7 +8,7 @@ Shapes: I items, N items put, E encoder dimension.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,11 @@ import torch
 
 from cluster.log import Interaction
 from training.models.fitted import FittedSystem
+from training.models.interests import Interests, is_buried, match_items
 from training.models.version import TEXT_ROWS, VersionState
+
+WITH_TEXT = 100
+"""If none of so many items has a text, none has."""
 
 Put = Mapping[str, tuple[str, np.ndarray]]
 """Items put while serving: id to text and encoder vector."""
@@ -90,6 +94,14 @@ class Resident(Protocol):
         """Return up to `k` items, best first, without those excluded."""
         ...
 
+    def matching(self, interests: Interests) -> list[str]:
+        """Return the items that stand for stated interests, the best last; none where items have no text."""
+        ...
+
+    def bury(self, candidates: Candidates, interests: Interests) -> Candidates:
+        """Return the candidates with those most like something disliked behind the others."""
+        ...
+
     def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         """Return the `k` nearest items, best first. Raises `KeyError` for an unknown item."""
         ...
@@ -117,6 +129,8 @@ class Catalogue:
     user_row: dict[str, int]
     classical: FittedSystem | None
     popularity_I: np.ndarray
+    text_IE: torch.Tensor
+    """Encoder vectors of all items."""
 
     @property
     def name(self) -> str:
@@ -147,6 +161,21 @@ class Catalogue:
     def popular(self, k: int, excluded: Sequence[int]) -> Candidates:
         """Return what a user of whom nothing is known is shown."""
         return self.best(self.popularity_I.copy(), k, excluded, cold_start=True)
+
+    def matching(self, interests: Interests) -> list[str]:
+        """Return the items that stand for stated interests, the best last; none where items have no text."""
+        text_IE = self.text_IE[: self.item_count].numpy()
+        if not text_IE.size or not text_IE[:WITH_TEXT].any():
+            return []
+        return [self.item_ids[row] for row in match_items(interests, text_IE, self.popularity_I)]
+
+    def bury(self, candidates: Candidates, interests: Interests) -> Candidates:
+        """Return the candidates with those most like something disliked behind the others."""
+        rows = [self.index_of[item_id] for item_id in candidates.item_ids]
+        text_IE = self.text_IE.numpy()
+        order = np.argsort(is_buried(interests, text_IE[rows], text_IE), kind="stable")
+        item_ids = [candidates.item_ids[place] for place in order]
+        return replace(candidates, item_ids=item_ids, scores=candidates.scores[order])
 
     def best(self, scores_I: np.ndarray, k: int, excluded: Sequence[int], *, cold_start: bool) -> Candidates:
         """Return the `k` items with the highest scores, of equals the first; overwrites the scores."""

@@ -95,6 +95,7 @@ class ServedModel(Catalogue):
             item_row=item_row,
             classical=restore_classical(state, text_IE, resident),
             item_ID=item_ID,
+            text_IE=text_IE,
             popularity_I=log_popularity(count_I),
             user_row=index_users(state, resident),
         )

@@ -1,0 +1,99 @@
+"""What a person says they like, in their own words, becomes `Interests`; or a reason why not, by name.
+
+In:  a text of a request.  Out: vectors of what is liked and of each thing that is not, and which encoder made them.
+Knows nothing of models. Waits for the encoder at most as long as the request allows; what was said before is known.
+
+A language model reads "no gore" as a text about gore. So clauses that begin with a word of `NEGATIONS` are taken out
+and count as disliked. That is all that is understood of negation: English, the beginning of a clause, no irony, no
+"less of".
+"""
+
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cluster.errors import EngineError
+from embeddings.text_encoder import EncoderConfig
+from serving.batching import Embedder, UnreadableTextError
+from training.models.interests import Interests
+
+NEGATIONS = (
+    r"no|not|without|never|nothing|except|avoid(?:ing)?|nor|neither|anything but|"
+    r"(?:i |we )?(?:don'?t|do not|can'?t|cannot)(?: really)? (?:like|love|want|enjoy|care for|stand)|"
+    r"(?:i |we )?(?:hate|dislike)"
+)
+_CLAUSE_ENDS = re.compile(
+    rf"[,;.!?\n]+|\bbut\b|\band(?= (?:{NEGATIONS})\b)|(?<=\w)(?= (?:without|except)\b)", re.IGNORECASE
+)
+_NEGATED = re.compile(rf"^(?:and |or )?(?:{NEGATIONS})\b[\s:]*", re.IGNORECASE)
+KEPT = 10_000
+"""Stated interests whose vectors are kept in this process."""
+
+Fallback = Literal["encoder_timeout", "encoder_mismatch", "unreadable", "no_text"]
+"""Why a request's interests were not used: the encoder did not answer in time; the version's items were read by another
+encoder; the text says nothing that the encoder can read; the version's items have no text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stated:
+    """A request's interests."""
+
+    interests: Interests | None
+    liked: str
+    disliked: tuple[str, ...]
+    config: EncoderConfig
+    """Of the encoder that was asked."""
+    encoder: str | None = None
+    """Its fingerprint, once it has answered."""
+    fallback: Fallback | None = None
+    """Why there are none."""
+
+
+class InterestReader:
+    """Reads interests with one encoder."""
+
+    def __init__(self, encoder: Embedder, config: EncoderConfig) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._known: OrderedDict[str, Stated] = OrderedDict()
+
+    async def read(self, text: str, timeout_s: float) -> Stated:
+        """Return what is said; without vectors, and with the reason, where the encoder does not answer in time."""
+        if (known := self._known.get(text)) is not None:
+            self._known.move_to_end(text)
+            return known
+        liked, disliked = split_clauses(text)
+        said = [*([liked] if liked else []), *disliked]
+        if not said:
+            return self._unused(liked, disliked, "unreadable")
+        try:
+            found = await self._encoder.embed(said, first=True, timeout_s=timeout_s)
+        except UnreadableTextError:
+            return self._unused(liked, disliked, "unreadable")
+        except EngineError:
+            return self._unused(liked, disliked, "encoder_timeout")
+        vectors_NE = np.array(found.vectors_NE)  # a copy: what Ray hands out is shared memory
+        liked_E, disliked_NE = (vectors_NE[0], vectors_NE[1:]) if liked else (None, vectors_NE)
+        interests = Interests(liked_E=liked_E, disliked_NE=disliked_NE)
+        stated = Stated(interests=interests, liked=liked, disliked=disliked, config=self._config, encoder=found.encoder)
+        self._known[text] = stated
+        if len(self._known) > KEPT:
+            self._known.popitem(last=False)
+        return stated
+
+    def _unused(self, liked: str, disliked: tuple[str, ...], fallback: Fallback) -> Stated:
+        return Stated(interests=None, liked=liked, disliked=disliked, config=self._config, fallback=fallback)
+
+
+def split_clauses(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return what is liked, as one text, and each thing that is not, without its negation."""
+    liked: list[str] = []
+    disliked: list[str] = []
+    for clause in (part.strip() for part in _CLAUSE_ENDS.split(text)):
+        thing, negations = _NEGATED.subn("", clause)
+        if thing.strip():
+            (disliked if negations else liked).append(thing.strip())
+    return ", ".join(liked), tuple(disliked)
