@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cluster.errors import ConfigError, EngineError
+from embeddings.adapter import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +40,8 @@ class EncoderConfig:
     """Tokens read of each text; the rest is cut off."""
     batch_texts: int = 32
     """Texts encoded together, of similar length."""
+    adapter: str | None = None
+    """Folder of a run of `recloop finetune`: the model as fine-tuned there; a version holds its own copy."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_texts"):
@@ -58,11 +61,17 @@ class Tokens(NamedTuple):
 class TextEncoder:
     """A language model and its cache; loads the model only when a text is not cached."""
 
-    def __init__(self, config: EncoderConfig, cache_folder: Path | None = None) -> None:
-        """Raises `ConfigError` when the model's package is missing, naming it."""
+    def __init__(self, config: EncoderConfig, cache_folder: Path | None = None, adapter: Adapter | None = None) -> None:
+        """Read text as fine-tuned by the adapter given, or by the one that the config names.
+
+        Raises `ConfigError` when the model's package is missing, naming it, or the adapter is of another model.
+        """
         self.config = config
         self.location = locate_model(config.model)
         self._cache_folder = cache_folder
+        self.adapter = Adapter.load(Path(config.adapter)) if adapter is None and config.adapter else adapter
+        if self.adapter is not None:
+            self.adapter.check_base(self.base_fingerprint, config.model)
 
     @cached_property
     def cache_path(self) -> Path | None:
@@ -71,7 +80,14 @@ class TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify model and settings: vectors of different fingerprints never mix."""
+        """Identify model, settings and adapter: vectors of different fingerprints never mix."""
+        if self.adapter is None:
+            return self.base_fingerprint
+        return hashlib.sha256(f"{self.base_fingerprint} {self.adapter.digest}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Identify model and settings, as they are without an adapter."""
         digest = hashlib.sha256(f"{self.config.max_tokens} mean unit".encode())
         folder = Path(self.location)
         if folder.is_dir():
@@ -174,10 +190,10 @@ class TextEncoder:
 
         logging.disable_progress_bar()
         with self._loading():
-            return (
-                AutoTokenizer.from_pretrained(self.location),
-                AutoModel.from_pretrained(self.location).eval(),
-            )
+            tokenizer, model = AutoTokenizer.from_pretrained(self.location), AutoModel.from_pretrained(self.location)
+        if self.adapter is not None:
+            self.adapter.apply(model)
+        return tokenizer, model.eval()
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
