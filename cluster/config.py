@@ -28,6 +28,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "system": "training.baselines.config:SystemConfig",
         "data": "training.stream:DataConfig",
         "encoder": "embeddings.text_encoder:EncoderConfig",
+        "finetune": "training.encoder.config:FinetuneConfig",
         "tables": "embeddings.tables:TablesConfig",
         "model": "training.models.two_stage:ModelConfig",
         "ids": "embeddings.ids.config:IdsConfig",

@@ -23,7 +23,7 @@ from training.baselines.hybrid import Hybrid
 from training.baselines.interface import Recommender, seen_matrix
 from training.evaluation.classical import NextItems, choose_weights, rank_classical
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
-from training.inputs import TrainingInputs, encode_items, load_inputs
+from training.inputs import TrainingInputs, load_inputs, write_text_vectors
 from training.run import SYSTEM_FILE, TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainedRun, new_run
 from training.stream import DataConfig, History
 
@@ -36,7 +36,7 @@ def fit_system(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     check_memory(recipe, dataset)
     folder = new_run(home, recipe)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
-    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    write_text_vectors(encoder, dataset, folder)
     inputs = load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)
     sizes = len(inputs.users), len(inputs.items)
 

@@ -25,6 +25,7 @@ from cluster.progress import progress
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import TextEncoder
 from embeddings.vocabulary import Vocabulary
+from training.run import TEXT_FILE
 from training.stream import DataConfig, History, NegativeSampler, build_history
 
 
@@ -72,6 +73,13 @@ def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
     texts = dataset.items()["text"].to_pylist()
     with progress(len(texts), "encoding item text", unit="text") as bar:
         return encoder.encode(texts, on_progress=bar.update)
+
+
+def write_text_vectors(encoder: TextEncoder, dataset: Dataset, folder: Path) -> None:
+    """Write the items' vectors into a run folder and, of a fine-tuned encoder, what fine-tuning has changed."""
+    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    if encoder.adapter is not None:
+        encoder.adapter.save(folder)
 
 
 def training_events(dataset: Dataset, data: DataConfig, columns: list[str] | None = None) -> pa.Table:

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster.config import EngineConfig, Recipe, load_recipe
 from cluster.dataset import Dataset, load_dataset
 from cluster.errors import ConfigError
@@ -31,7 +29,7 @@ from training.baselines.config import RATINGS, SystemConfig
 from training.classical import check_memory, fit_beside, fit_system
 from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
-from training.inputs import encode_items, load_inputs
+from training.inputs import load_inputs, write_text_vectors
 from training.models.rating import RatingConfig
 from training.ratings.inputs import load_rating_inputs
 from training.run import TEXT_FILE, TrainConfig, TrainedRun, new_run
@@ -99,7 +97,7 @@ def _fit(
     """Train; `prepare` writes what else the workers read, or says what is wrong, before any of them starts."""
     folder = new_run(home, recipe, kind)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
-    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    write_text_vectors(encoder, dataset, folder)
     prepare(folder)
     config = recipe.section(TrainConfig)
     job = {"recipe": recipe.to_toml(), "dataset": str(Path(dataset.path).resolve()), "folder": str(folder)}

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         _prepare,
         _examples,
         _plan,
+        _finetune,
         _train,
         _tune,
         _evaluate,
@@ -138,6 +139,21 @@ def _plan(commands: Commands) -> _Parser:
     _add_workers_flag(parser)
     machines = "like this one, over which the workers are spread; default: %(default)s"
     parser.add_argument("--machines", metavar="N", type=_positive, default=1, help=machines)
+    return parser
+
+
+def _finetune(commands: Commands) -> _Parser:
+    parser = _command(
+        commands,
+        "finetune",
+        "training.encoder.command:run",
+        "tune the text encoder to what users chose; `train --set encoder.adapter=RUN` then reads text with it",
+        "--data data/shop",
+        "--set finetune.tuned=top --set finetune.objective=rating_mse --workers 2",
+    )
+    _add_data_flag(parser)
+    parser.add_argument("--workers", metavar="N", type=_positive, help="default: the recipe's train.workers")
+    parser.add_argument("--epochs", metavar="N", type=_positive, help="default: the recipe's finetune.epochs")
     return parser
 
 

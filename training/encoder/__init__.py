@@ -1,0 +1,1 @@
+"""Fine-tuning of the text encoder on what users did: `recloop finetune`."""

@@ -1,0 +1,97 @@
+"""Settings of fine-tuning: what of the encoder learns, from which objective, and for how long.
+
+In:  the recipe's `[finetune]`.  Out: a checked `FinetuneConfig`.
+Knows nothing of models or data.
+"""
+
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+
+TUNED = ("lora", "top", "full", "frozen")
+NEXT_ITEM, SEQUENCE, CLICK = "next_item", "sequence", "click"
+RATING_OBJECTIVES = ("rating_mse", "rating_mae", "rating_classes")
+OBJECTIVES = (NEXT_ITEM, SEQUENCE, CLICK, *RATING_OBJECTIVES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    """How the encoder keeps learning what content means to these users."""
+
+    tuned: str = "lora"
+    """lora: low-rank additions to the topmost layers; top: all weights of these; full: all weights; frozen: none, only
+    the head learns, which is what the others are compared with."""
+    layers: int = 2
+    """Topmost layers that lora and top change. What lies below is computed once and kept."""
+    rank: int = 8
+    """Of lora."""
+    alpha: float = 16.0
+    """Of lora: its additions count alpha / rank."""
+    dropout: float = 0.1
+    """In the layers that learn, and before lora's additions."""
+    objective: str = "next_item"
+    """next_item: history retrieves the next item among the batch's and hard negatives; sequence: the likelihood of each
+    user's sequence over the whole catalogue; click: chosen or drawn, by cross entropy; rating_mse, rating_mae,
+    rating_classes: stars, as a number or as classes."""
+    dim: int = 128
+    """Of the head's user and item vectors."""
+    max_history: int = 20
+    """Interactions a user's vector is attended from."""
+    head_epochs: int = 30
+    """Epochs at most of the head alone, on the encoder as it is."""
+    epochs: int = 6
+    """Epochs at most of encoder and head together."""
+    patience: int = 2
+    """Epochs without a better validation figure before training stops; the best epoch's weights are kept."""
+    learning_rate: float = 0.0005
+    """Of AdamW on the encoder's weights."""
+    head_learning_rate: float = 0.002
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    warmup_steps: int = 10
+    batch_items: int = 192
+    """Distinct items a step and worker, each encoded once however many interactions have it."""
+    item_power: float = 0.0
+    """Items are drawn into a batch with probability ∝ count^power; logits are corrected by its logarithm."""
+    batch_targets: int = 1024
+    """Interactions with these items a step and worker."""
+    hard_negatives: int = 32
+    """Items of the catalogue a step that score high and were not chosen, encoded beside the batch's."""
+    accumulate: int = 1
+    """Batches whose gradients one step adds up."""
+    checkpointing: bool = False
+    """Compute each layer again in backward instead of keeping its activations: less memory, more time."""
+    encode_texts: int = 32
+    """Texts that pass the encoder together."""
+    cache_gib: float = 2.0
+    """Memory for what lies below the layers that learn; where it needs more, it is computed anew each time."""
+    validation_fraction: float = 0.1
+    """Share of the training events, the newest, that training does not see; what of these is with items held out
+    decides when to stop."""
+    cold_items: float = 0.15
+    """Share of items held out: training sees no interaction with them."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.tuned not in TUNED:
+            raise ConfigError(f"finetune.tuned={self.tuned!r}: is none of {', '.join(TUNED)}")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"finetune.objective={self.objective!r}: is none of {', '.join(OBJECTIVES)}")
+        for name in ("layers", "rank", "dim", "max_history", "head_epochs", "epochs", "patience", "encode_texts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("batch_items", "batch_targets", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("alpha", "learning_rate", "head_learning_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be above 0")
+        for name in ("hard_negatives", "warmup_steps", "weight_decay", "cache_gib", "seed", "item_power"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("validation_fraction", "cold_items"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"finetune.dropout={self.dropout}: must be in [0, 1)")
