@@ -26,7 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.errors import EngineError
-from embeddings.text_encoder import EncoderConfig, TextEncoder, Tokens
+from embeddings.encoders.tokens import Tokens
+from embeddings.text_encoder import EncoderConfig, TextEncoder
 from serving.config import ServeConfig
 
 Text = str | Sequence[int]

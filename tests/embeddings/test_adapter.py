@@ -70,7 +70,7 @@ def test_lora_merged_here_is_lora_as_peft_merges_it(adapter: Adapter) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
 
-    from embeddings.text_encoder import locate_model
+    from embeddings.encoders.pretrained import locate_model
 
     ours, theirs = (AutoModel.from_pretrained(locate_model("all-MiniLM-L6-v2")) for _ in range(2))
     adapter.apply(ours)
@@ -86,7 +86,7 @@ def test_lora_merged_here_is_lora_as_peft_merges_it(adapter: Adapter) -> None:
 def test_whole_weights_take_the_place_of_the_models_own(base: TextEncoder) -> None:
     from transformers import AutoModel
 
-    from embeddings.text_encoder import locate_model
+    from embeddings.encoders.pretrained import locate_model
 
     model = AutoModel.from_pretrained(locate_model("all-MiniLM-L6-v2"))
     tensors = {f"{LAYER}.bias": torch.arange(384.0)}

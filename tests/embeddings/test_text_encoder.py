@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError, EngineError
-from embeddings import text_encoder
-from embeddings.text_encoder import EncoderConfig, TextEncoder, locate_model
+from embeddings.encoders.pretrained import PACKAGED, Packaged, locate_model
+from embeddings.text_encoder import EncoderConfig, TextEncoder
 
 TEXTS = ["A romance aboard an ocean liner", "Lovers on a ship that sinks", "Tax law for limited companies"]
 
@@ -51,7 +51,7 @@ def test_what_is_cached_is_not_encoded_again(tmp_path: Path, vectors: np.ndarray
     done: list[int] = []
     np.testing.assert_array_equal(second.encode([*TEXTS, ""], on_progress=done.append)[:3], first)
     assert done == [4]
-    assert "_model" not in vars(second)  # a cached property: not there until asked for
+    assert "_loaded" not in vars(second)  # a cached property: not there until asked for
 
 
 def test_progress_adds_up_to_the_texts(encoder: TextEncoder) -> None:
@@ -74,7 +74,7 @@ def test_changed_weights_are_another_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_installed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(text_encoder.PACKAGED, "tiny", ("a_package_that_is_not_there", "its-distribution", "model"))
+    monkeypatch.setitem(PACKAGED, "tiny", Packaged((("a_package_that_is_not_there", "its-distribution"),)))
     with pytest.raises(ConfigError, match=r"encoder\.model='tiny'.*pip install its-distribution"):
         TextEncoder(EncoderConfig(model="tiny"))
 
@@ -91,7 +91,62 @@ def test_a_folder_with_a_model_is_taken_as_it_is(vectors: np.ndarray) -> None:
     np.testing.assert_array_equal(TextEncoder(EncoderConfig(model=folder)).encode(TEXTS), vectors)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "batch_texts"])
+@pytest.mark.parametrize("name", ["max_tokens", "batch_tokens", "batch_texts", "threads", "layers", "workers"])
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"encoder\.{name}=0"):
         EncoderConfig(**{name: 0})
+
+
+ODD_TEXTS = {
+    "one letter": "a",
+    "blanks": " \n\t ",
+    "very long": "A ship sinks. " * 7_200,
+    "one very long word": "x" * 100_000,
+    "emoji": "🚢💔😭 👨‍👩‍👧‍👦",
+    "control characters": "a\x00b\x07c\x1b[31m\u200b\ufeff",
+    "mixed scripts": "Корабль 船 سفينة जहाज़ 배 ship",
+    "lone surrogates": "a ship \ud83d sinks \udc00",
+    "a right-to-left override": "\u202eknis pihs",
+}
+
+
+def test_whatever_the_text_its_vector_is_finite_and_of_length_1(encoder: TextEncoder, tmp_path: Path) -> None:
+    cached = TextEncoder(EncoderConfig(), tmp_path)
+    vectors = cached.encode(list(ODD_TEXTS.values()))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(cached.encode(list(ODD_TEXTS.values())), vectors)
+
+
+def test_what_exceeds_the_tokens_read_changes_nothing(encoder: TextEncoder) -> None:
+    long, longer = encoder.encode(["A ship sinks. " * 100, "A ship sinks. " * 100 + "Nobody reads this."])
+    np.testing.assert_allclose(long, longer, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 0.999), ("int8", 0.99)])
+def test_narrower_numbers_keep_the_direction_under_a_fingerprint_of_their_own(
+    encoder: TextEncoder, vectors: np.ndarray, dtype: str, least: float
+) -> None:
+    narrow = TextEncoder(EncoderConfig(dtype=dtype))
+    assert (narrow.encode(TEXTS) * vectors).sum(1).min() > least
+    assert narrow.fingerprint != encoder.fingerprint
+
+
+def test_fingerprints_of_versions_made_before_there_was_a_choice_stay(encoder: TextEncoder) -> None:
+    assert encoder.fingerprint == "ffdbdb75f36a89f4"
+    spelled_out = EncoderConfig(pooling="mean", dtype="float32", query_prefix="", item_prefix="", batch_tokens=64)
+    assert TextEncoder(spelled_out).fingerprint == encoder.fingerprint
+
+
+def test_a_run_that_ends_early_is_taken_up_where_it_was(tmp_path: Path) -> None:
+    def stop_at(done: int) -> None:
+        counted.append(done)
+        if sum(counted) >= 2:
+            raise KeyboardInterrupt
+
+    counted: list[int] = []
+    few = EncoderConfig(batch_texts=1)
+    with pytest.raises(KeyboardInterrupt):
+        TextEncoder(few, tmp_path).encode(TEXTS, on_progress=stop_at)
+    again: list[int] = []
+    TextEncoder(few, tmp_path).encode(TEXTS, on_progress=again.append)
+    assert again == [2, 1]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import EngineError
-from embeddings.text_encoder import EncoderConfig, TextEncoder, Tokens
+from embeddings.encoders.tokens import Tokens
+from embeddings.text_encoder import EncoderConfig, TextEncoder
 from serving.batching import BatchingEncoder, LocalEncoder, UnreadableTextError, VectorCache
 
 TEXTS = ["a sea captain", "two lovers on a ship that sinks", "tax law", "a quiet village in the far north " * 3]
@@ -25,7 +26,7 @@ class SlowEncoder(TextEncoder):
         self.leave = threading.Event()
         self.leave.set()
 
-    def encode_tokens(self, tokens: list[Tokens]) -> np.ndarray:
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> np.ndarray:
         self.leave.wait(10)
         self.batches.append([len(entry.ids) for entry in tokens])
         return super().encode_tokens(tokens)

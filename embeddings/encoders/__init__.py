@@ -1,0 +1,1 @@
+"""What turns an item's text, picture or sound into a vector."""
