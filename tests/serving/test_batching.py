@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -139,10 +139,11 @@ def test_whatever_can_be_read_has_a_vector_of_length_1(batching: BatchingEncoder
 def test_an_unreadable_text_fails_alone(batching: BatchingEncoder, model: SlowEncoder) -> None:
     model.leave.clear()
     blocker = batching.embed(["first of all"])
-    unreadable = [batching.embed(["a lone \ud800 surrogate"]), batching.embed([[10**9]]), batching.embed([[-1]])]
-    sound = batching.embed(["sound"])
+    unreadable = [batching.embed([[10**9]]), batching.embed([[-1]])]
+    sound, odd = batching.embed(["sound"]), batching.embed(["a lone \ud800 surrogate"])
     model.leave.set()
     assert sound.result(10).vectors_NE.shape == (1, 384)
+    assert np.linalg.norm(odd.result(10).vectors_NE) == pytest.approx(1, abs=1e-6)  # read with a ? in its place
     for answer in unreadable:
         with pytest.raises(UnreadableTextError):
             answer.result(10)
