@@ -31,6 +31,11 @@ class Home:
         return self.path / "events" / "events.db"
 
     @property
+    def keys(self) -> Path:
+        """API keys, hashed; none are needed where it is missing."""
+        return self.path / "keys.json"
+
+    @property
     def cache(self) -> Path:
         """What can be computed again: downloads, text vectors."""
         return self.path / "cache"

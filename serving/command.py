@@ -10,8 +10,10 @@ below it the same command again, which runs Ray and is started anew whenever Ray
 import argparse
 import contextlib
 import importlib
+import ipaddress
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from cluster.engine import open_registry
 from cluster.errors import ConfigError, DataError, EngineError, RegistryError
 from cluster.haproxy import GIVEN_PORTS, STATS_PORT, share_ports
 from cluster.home import Home
+from cluster.keys import KeyFile
 from cluster.output import print_result
 from cluster.ray_session import (
     abandon_session,
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     """Check, start, say where, wait."""
     recipe = load_recipe(args.recipe, args.overrides)
     assert_port_free(args.host, args.port, shared=args.behind_standby)
+    if not args.without_keys:
+        assert_reachable_by_keys_only(args.host, args.home)
     from serving.config import ServeConfig  # torch: a wrong flag does not wait for it
     from serving.preflight import check_version, describe_damage
 
@@ -82,6 +87,17 @@ def run(args: argparse.Namespace) -> None:
         _run_with_standby(args, recipe)
     else:
         _run_on_ray(args, recipe)
+
+
+def assert_reachable_by_keys_only(host: str, home: Home) -> None:
+    """Raise `ConfigError` where others could ask a server here without a key."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    is_loopback = all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    if not is_loopback and not KeyFile(home.keys).read():
+        raise ConfigError(
+            f"--host {host}: others can reach it, and there are no keys: make one with `recloop keys add NAME`;"
+            " --without-keys serves anyone"
+        )
 
 
 def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -133,7 +149,7 @@ def _ray_process(
     command += ["--recipe", args.recipe, "--host", args.host, "--port", str(args.port)]
     command += [part for override in args.overrides for part in ("--set", override)]
     command += [*(["--data", args.data] if args.data else []), *(["--json"] if args.json else [])]
-    command += ["--verbose"] if args.verbose else []
+    command += [*(["--verbose"] if args.verbose else []), *(["--without-keys"] if args.without_keys else [])]
     process = subprocess.Popen(
         command,
         env=environment,

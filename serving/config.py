@@ -40,6 +40,10 @@ class ServeConfig:
     """Threads of a replica that read state and run the model."""
     torch_threads: int = 1
     """Threads each of those gives one tensor operation."""
+    key_rate_per_s: float = 1_000.0
+    """Requests a second that an API key may make which has no rate of its own; further ones are answered 429."""
+    key_burst_s: float = 2.0
+    """How many seconds' worth of them may come at once."""
     seed: int = 0
     """Of the policy's draws; each replica adds its rank."""
     max_batch_texts: int = 2_048
@@ -85,6 +89,6 @@ class ServeConfig:
         for name in ("encoder_gather_ms", "encoder_cached"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 0")
-        for name in ("encoder_timeout_s", "interests_timeout_s"):
+        for name in ("encoder_timeout_s", "interests_timeout_s", "key_rate_per_s", "key_burst_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be above 0")

@@ -19,11 +19,13 @@ from pydantic import BaseModel
 
 from cluster.canary import Canary
 from cluster.catalogue import Item, parse_item
+from cluster.keys import KeyRing
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
 from serving import recommender, schemas
+from serving.access import AccessControl
 from serving.batching import Embedder
 from serving.bodies import read_body, split_entries
 from serving.config import ServeConfig
@@ -60,6 +62,7 @@ class Gateway:
         recommender: recommender.Recommender,
         encoder: Embedder,
         encoder_config: EncoderConfig,
+        keys: KeyRing,
         metrics: Metrics,
     ) -> None:
         self._config = config
@@ -73,6 +76,7 @@ class Gateway:
         self._embeddings = EmbeddingsApi(
             config, encoder, encoder_config, lambda: refresher.residents.live.state.text_dim
         )
+        self._keys = keys
         self._metrics = metrics
         self._next_look_s = 0.0
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="request")
@@ -82,8 +86,10 @@ class Gateway:
         """Return the ASGI app."""
         api = FastAPI(title="recloop", description="A recommender that learns while it serves.", redoc_url=None)
         add_problem_handlers(api)
+        rates = {"rate_per_s": self._config.key_rate_per_s, "burst_s": self._config.key_burst_s}
+        api.add_middleware(AccessControl, keys=self._keys, replicas=self._config.replicas, **rates)
         api.add_middleware(RequestTimer, metrics=self._metrics)
-        problems: Json = {str(s): {"model": schemas.Problem} for s in (400, 404, 413, 422, 429, 503)}
+        problems: Json = {str(s): {"model": schemas.Problem} for s in (400, 401, 403, 404, 413, 422, 429, 503)}
 
         def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
             described = {200: {"model": model}, **problems} if model else {}

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_registry, open_served_log
 from cluster.home import Home
+from cluster.keys import KeyFile, KeyRing
 from cluster.log.retention import LogConfig
 from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
@@ -43,6 +44,7 @@ class ReplicaSettings:
     encoder: EncoderConfig
     """The one that made the version's item vectors, whatever the recipe at hand says."""
     cache: Path
+    keys: Path
 
 
 def resolve_settings(recipe: Recipe, home: Home) -> ReplicaSettings:
@@ -67,6 +69,7 @@ def resolve_settings(recipe: Recipe, home: Home) -> ReplicaSettings:
         policy=recipe.section(PolicyConfig),
         encoder=trained_with.section(EncoderConfig),
         cache=home.cache,
+        keys=home.keys,
     )
 
 
@@ -98,6 +101,7 @@ class Replica:
             recommender=recommender,
             encoder=encoder,
             encoder_config=settings.encoder,
+            keys=KeyRing(KeyFile(settings.keys)),
             metrics=metrics,
         )
 

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:  # Any: JSON
     """Run every stage and report. Raises `GateError` when an event was lost or learned twice."""
     started_s = time.monotonic()
     assert_port_free(args.host, args.port)
+    load_target("serving.command:assert_reachable_by_keys_only")(args.host, args.home)
     workers = [f"train.workers={args.workers}"] if args.workers else []
     recipe = load_recipe(args.recipe, [f"serve.arms={list(ARMS)}", *workers, *args.overrides])
     if (system := recipe.section(load_target("training.baselines.config:SystemConfig")).name) != TWO_STAGE:

@@ -8,6 +8,7 @@ import argparse
 from typing import TypeAlias
 
 from cluster.config import packaged_recipes
+from cluster.keys import ROLES
 
 DEFAULT_RECIPE = "movielens"
 KNOWN_SOURCES = ("movielens", "movielens-1995-2016", "complete-journey")
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         _demo,
         _versions,
         _events,
+        _keys,
         _status,
     ):
         _add_common_flags(add(commands))
@@ -227,6 +229,9 @@ def _serve(commands: Commands) -> _Parser:
     parser = _command(commands, "serve", "serving.command:run", summary, "", "--port 9000", "--data data/shop")
     _add_address_flags(parser)
     parser.add_argument("--data", metavar="DIR", help="also know what users did in this dataset after training's share")
+    parser.add_argument(
+        "--without-keys", action="store_true", help="answer anyone, be it on an address that others reach"
+    )
     parser.add_argument("--behind-standby", action="store_true", help=argparse.SUPPRESS)  # how it starts itself
     return parser
 
@@ -308,6 +313,18 @@ def _events(commands: Commands) -> _Parser:
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--release", action="store_true", help="quarantine: let what is held be learned")
     fate.add_argument("--drop", action="store_true", help="quarantine: never let it be learned")
+    return parser
+
+
+def _keys(commands: Commands) -> _Parser:
+    summary = "make, list and revoke API keys; once there is one, a server answers nobody without"
+    examples = ("add shop --role write", "add dashboard --role read --rate 50", "list", "revoke 3f2a9c01d4e7")
+    parser = _command(commands, "keys", "cluster.commands.keys:run", summary, *examples)
+    parser.add_argument("action", choices=["add", "list", "revoke"])
+    parser.add_argument("name", nargs="?", metavar="NAME|ID", help="add: whose it is; revoke: the key's id")
+    role = "read: recommendations and vectors; write: feedback and items too; admin: all; default: %(default)s"
+    parser.add_argument("--role", choices=ROLES, default="read", help=role)
+    parser.add_argument("--rate", metavar="N", type=float, help="requests a second; default: serve.key_rate_per_s")
     return parser
 
 

@@ -1,5 +1,6 @@
 """One served home for all tests of this folder: tiny versions of random weights, made of the real parts."""
 
+import contextlib
 import http.client
 import json
 import time
@@ -175,12 +176,15 @@ class Served:
     def registry(self) -> Registry:
         return self.versions.registry
 
-    def request(self, method: str, path: str, body: object = None, *, raw: bytes | None = None) -> Answer:
-        """Send JSON, or `raw` as it is; None sends no body."""
+    def request(
+        self, method: str, path: str, body: object = None, *, raw: bytes | None = None, key: str | None = None
+    ) -> Answer:
+        """Send JSON, or `raw` as it is; None sends no body, or no key."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
         payload = raw if body is None else json.dumps(body).encode()
         try:
-            connection.request(method, path, payload, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+            connection.request(method, path, payload, headers)
             response = connection.getresponse()
             text = response.read()
         finally:
@@ -242,8 +246,20 @@ def served(ray_cluster: RaySession, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The app without Ray, once for all tests that ask nothing of Ray: the standby, which has the address to itself."""
-    home = Home(tmp_path_factory.mktemp("alone")).ensure()
-    tiny = TinyVersions(home)
+    with running_alone(Home(tmp_path_factory.mktemp("alone"))) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def run_alone() -> Callable[[Home], contextlib.AbstractContextManager[Served]]:
+    """Return how to serve a home without Ray, for tests that need one of their own."""
+    return running_alone
+
+
+@contextlib.contextmanager
+def running_alone(home: Home) -> Iterator[Served]:
+    """Serve a tiny version from one process's threads while the block lasts."""
+    tiny = TinyVersions(home.ensure())
     tiny.publish_version()
     seed_history(tiny.registry, home)
     ports = {"stats_port": find_free_port(), "fallback_port": find_free_port()}
