@@ -155,7 +155,7 @@ def _people(dataset: Dataset) -> list[Person]:
         seen = {name for event in first for name in categories[event["item_id"]]}
         people.append(
             Person(
-                said=f"I like {_listed([PLAIN_WORDS.get(name, name.lower()) for name in said])}",
+                said=f"I like {_listed([_word(name) for name in said])}",
                 unsaid=max((name for name in common if name not in had), key=lambda name: common[name], default=""),
                 history=[Interaction(e["item_id"], e["kind"], e["value"], e["ts_us"], -1) for e in first],
                 wanted=frozenset(event["item_id"] for event in second),
@@ -163,6 +163,10 @@ def _people(dataset: Dataset) -> list[Person]:
         )
         assert seen, "half of a user's interactions is one at least"
     return people
+
+
+def _word(category: str) -> str:
+    return PLAIN_WORDS.get(category, category.lower())
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -238,8 +242,7 @@ def _avoided(model: ServedModel, dataset: Dataset, people: Sequence[Person], enc
     for person in people:
         if not person.unsaid:
             continue
-        word = PLAIN_WORDS.get(person.unsaid, person.unsaid.lower())
-        for name, said in (("stated", f"{person.said}, no {word}"), ("not_stated", person.said)):
+        for name, said in (("stated", f"{person.said}, no {_word(person.unsaid)}"), ("not_stated", person.said)):
             interests = _read(said, encoder)
             history = [Interaction(item_id, "click", None, 0, 0) for item_id in model.matching(interests)]
             shown = model.bury(model.recommend("", history, 100), interests).item_ids[:SHOWN]

@@ -31,6 +31,7 @@ from serving.bodies import read_body, split_entries
 from serving.config import ServeConfig
 from serving.embeddings import EmbeddingsApi
 from serving.experiments import ARMS
+from serving.fallbacks import FallbackName, Fallbacks
 from serving.feedback import Intake, Receipt, parse_all
 from serving.freshness import time_state
 from serving.interests import InterestReader, Stated
@@ -77,6 +78,7 @@ class Gateway:
             config, encoder, encoder_config, lambda: refresher.residents.live.state.text_dim
         )
         self._keys = keys
+        self._fallbacks = Fallbacks()
         self._metrics = metrics
         self._next_look_s = 0.0
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="request")
@@ -102,6 +104,7 @@ class Gateway:
         event_body = schemas.one_or_many(schemas.event_schema(), "events")
         item_body = schemas.one_or_many(schemas.item_schema(), "items")
         add("/v1/recommend", self.recommend, "POST", schemas.RecommendResponse, recommend_body)
+        add("/v1/rank", self.rank, "POST", schemas.RankResponse, schemas.RankRequest.model_json_schema())
         add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
         add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
         add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
@@ -117,28 +120,64 @@ class Gateway:
     async def recommend(self, request: Request) -> Response:
         """Recommend up to k items that the user does not have yet; a user nobody knows gets a cold start."""
         asked = schemas.RecommendRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
-        arm = asked.arm or self._config.arms[0]
-        if arm not in self._config.arms:
-            raise refuse_field("arm", f"{arm!r} is not switched on; try {', '.join(self._config.arms)}")
         if asked.k > self._config.max_k:
             raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
-        stated = await self._read_interests(asked.interests) if asked.interests is not None else None
+        return await self._answer(asked, asked.k, None)
+
+    async def rank(self, request: Request) -> Response:
+        """Put the caller's candidates in order for a user, those that the user has too."""
+        asked = schemas.RankRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
+        candidates = tuple(dict.fromkeys(asked.items))
+        return await self._answer(asked, len(candidates), candidates)
+
+    async def _answer(self, asked: schemas.AskRequest, k: int, candidates: tuple[str, ...] | None) -> Response:
+        began_s = time.monotonic()
+        arm = asked.arm or self._config.arms[0]
+        if arm not in self._config.arms:
+            raise refuse_field("arm", f"{arm!r:.200} is not switched on; try {', '.join(self._config.arms)}")
+        deadline_s = None if asked.deadline_ms is None else began_s + asked.deadline_ms / 1e3
         query = recommender.Query(
             user_id=asked.user_id,
-            k=asked.k,
+            k=k,
             arm=arm,
             min_seq=asked.min_seq,
             exclude=frozenset(asked.exclude),
-            stated=stated,
+            stated=await self._read_interests(asked.interests, deadline_s) if asked.interests is not None else None,
+            boost=frozenset(asked.boost),
+            bury=frozenset(asked.bury),
+            only=candidates,
         )
-        found = await self._in_pool(self._recommender.recommend, query)
+        found, fallback = await self._find(query, deadline_s)
         if found.state_fallback:
             self._metrics.count_state_fallback()
-        return _json(_describe_recommendation(query, found, with_text=asked.with_text))
+        answer = _describe_recommendation(query, found, with_text=asked.with_text)
+        if candidates is not None:
+            answer["unranked"] = [{"item_id": item_id, "reason": reason} for item_id, reason in found.unranked]
+        if fallback is not None:
+            self._metrics.count_deadline_fallback(fallback)
+            answer["fallback"] = fallback
+        return _json(answer)
 
-    async def _read_interests(self, text: str) -> Stated:
-        config = self._config
-        return await self._interests.read(text, min(config.interests_timeout_s, config.encoder_timeout_s))
+    async def _find(
+        self, query: recommender.Query, deadline_s: float | None
+    ) -> tuple[recommender.Recommendation, FallbackName | None]:
+        """Return the answer, or what stands in for it after the deadline, with its name."""
+        work = self._in_pool(self._recommender.recommend, query)
+        if deadline_s is None:
+            return await work, None
+        try:
+            found = await asyncio.wait_for(work, max(deadline_s - time.monotonic(), 0))  # what has not begun never will
+        except TimeoutError:
+            return self._fallbacks.find(query, self._refresher.residents)
+        self._fallbacks.remember(query, found)
+        return found, None
+
+    async def _read_interests(self, text: str, deadline_s: float | None) -> Stated:
+        """Read interests within half of the time there is: the other half is for the slate."""
+        patience_s = min(self._config.interests_timeout_s, self._config.encoder_timeout_s)
+        if deadline_s is not None:
+            patience_s = min(patience_s, max(deadline_s - time.monotonic(), 0) / 2)
+        return await self._interests.read(text, patience_s)
 
     async def take_feedback(self, request: Request) -> Response:
         """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""

@@ -46,6 +46,12 @@ class Metrics:
             "Recommendations made from the node's own state because the shared one did not answer.",
             registry=self._registry,
         )
+        self._deadline_fallbacks = Counter(
+            "recloop_deadline_fallbacks",
+            "Answers that were not ready by their request's deadline, by what took their place.",
+            ["fallback"],
+            registry=self._registry,
+        )
         self._swaps = Counter(
             "recloop_version_swaps", "Attempts to follow the promoted version.", ["outcome"], registry=self._registry
         )
@@ -75,6 +81,10 @@ class Metrics:
     def count_state_fallback(self) -> None:
         """Count one recommendation without the shared user state."""
         self._fallbacks.inc()
+
+    def count_deadline_fallback(self, fallback: str) -> None:
+        """Count one answer that was not ready in time."""
+        self._deadline_fallbacks.labels(fallback).inc()
 
     def count_swap(self, outcome: str) -> None:
         """Count one attempt to follow the promoted version: swapped or refused."""

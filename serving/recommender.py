@@ -9,12 +9,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cluster.log import EventLog, Interaction
 from embeddings.text_encoder import EncoderConfig
 from serving.experiments import ARMS
 from serving.interests import Stated
 from serving.refresh import Residents
-from training.models.resident import Resident
+from training.models.resident import Candidates, Resident
 from training.policies import PolicyConfig, Slate, build_policy
 
 FIRST_LIVE_SEQ = 1
@@ -33,6 +35,12 @@ class Query:
     exclude: frozenset[str] = frozenset()
     stated: Stated | None = None
     """The interests that the request states."""
+    boost: frozenset[str] = frozenset()
+    """Items that stand before all others."""
+    bury: frozenset[str] = frozenset()
+    """Items that stand behind all others."""
+    only: tuple[str, ...] | None = None
+    """The caller's candidates, each once; none means the catalogue less what the user has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +65,8 @@ class Recommendation:
     """The query's interests, with the reason where they were not used."""
     uses_history: bool = True
     """Whether the user's history has a part in it."""
+    unranked: tuple[tuple[str, str], ...] = ()
+    """Of the caller's candidates those left out, each with the reason."""
 
 
 class Recommender:
@@ -80,15 +90,25 @@ class Recommender:
         head_seq = self._log.head_seq() if query.min_seq is not None and arm.sees_live_state else 0
         bound = None if arm.sees_live_state else FIRST_LIVE_SEQ
         state = self._log.user_state(query.user_id, model.max_history, before_seq=bound)
-        owned = self._log.seen_items(query.user_id)  # all of them: nobody is offered what they have, whatever the arm
 
-        exclude = owned | query.exclude | residents.unavailable
         history, stated = state.history, query.stated
         if stated is not None:
             history, stated = _with_interests(model, history, stated)
-        candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude)
+        unranked: list[tuple[str, str]] = []
+        if query.only is not None:
+            unranked = leave_out(model, query, residents.unavailable)
+            kept = set(query.only).difference(item_id for item_id, _ in unranked)
+            candidates = model.rank(query.user_id, history, [item_id for item_id in query.only if item_id in kept])
+        else:
+            owned = self._log.seen_items(query.user_id)  # all: nobody is offered what they have, whatever the arm
+            exclude = owned | query.exclude | residents.unavailable
+            candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude)
+            if query.boost:
+                candidates = _with_boosted(model, query, history, candidates, exclude)
         if stated is not None and stated.interests is not None:
             candidates = model.bury(candidates, stated.interests)
+        if query.boost or query.bury:
+            candidates = _apply_rules(candidates, query)
         slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
         return Recommendation(
             request_id=uuid.uuid4().hex,
@@ -103,8 +123,43 @@ class Recommender:
             slate=slate,
             texts=[model.text_of(item_id) for item_id in slate.item_ids],
             stated=stated,
+            unranked=tuple(unranked),
             uses_history=query.stated is None or any(model.knows(entry.item_id) for entry in state.history),
         )
+
+
+def leave_out(model: Resident, query: Query, unavailable: frozenset[str]) -> list[tuple[str, str]]:
+    """Return the caller's candidates that are not ranked, each with the reason."""
+    left: list[tuple[str, str]] = []
+    for item_id in query.only or ():
+        if item_id in query.exclude:
+            left.append((item_id, "excluded"))
+        elif item_id in unavailable:
+            left.append((item_id, "unavailable"))
+        elif not model.can_rank(item_id):
+            left.append((item_id, "unknown"))
+    return left
+
+
+def _with_boosted(
+    model: Resident, query: Query, history: Sequence[Interaction], candidates: Candidates, exclude: frozenset[str]
+) -> Candidates:
+    """Return the candidates and, after them, what is boosted and was not found among so many."""
+    more = query.boost - exclude - set(candidates.item_ids)
+    ranked = model.rank(query.user_id, history, sorted(item_id for item_id in more if model.can_rank(item_id)))
+    return replace(
+        candidates,
+        item_ids=[*candidates.item_ids, *ranked.item_ids],
+        scores=np.concatenate([candidates.scores, ranked.scores]),
+    )
+
+
+def _apply_rules(candidates: Candidates, query: Query) -> Candidates:
+    """Return the candidates with what is boosted before the others and what is buried behind, else in their order."""
+    places = [(item_id in query.bury) - (item_id in query.boost) for item_id in candidates.item_ids]
+    order = np.argsort(places, kind="stable")
+    item_ids = [candidates.item_ids[place] for place in order]
+    return replace(candidates, item_ids=item_ids, scores=candidates.scores[order])
 
 
 def _with_interests(

@@ -24,24 +24,47 @@ def _without_nul(value: str) -> str:
 Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_without_nul)]
 
 
-class RecommendRequest(BaseModel):
-    """What to recommend to whom."""
+Identifiers = Annotated[list[Identifier], Field(max_length=10_000)]
+MAX_DEADLINE_MS = 600_000
+
+
+class AskRequest(BaseModel):
+    """What both kinds of requests for a slate hold."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     user_id: Identifier
-    k: int = Field(
-        default=10, ge=1, le=2**31, description="Length of the slate; a smaller catalogue gives a shorter one."
-    )
-    min_seq: int | None = Field(default=None, ge=0, le=2**62, description="A sequence number from feedback to reflect.")
     arm: str | None = Field(default=None, max_length=100, description="Arm of an experiment; see /v1/versions.")
-    exclude: list[Identifier] = Field(default=[], max_length=10_000, description="Items not to recommend.")
+    min_seq: int | None = Field(default=None, ge=0, le=2**62, description="A sequence number from feedback to reflect.")
+    exclude: Identifiers = Field(default=[], description="Items not to recommend.")
+    boost: Identifiers = Field(default=[], description="Items that stand before all others, where they are candidates.")
+    bury: Identifiers = Field(default=[], description="Items that stand behind all others.")
     with_text: bool = Field(default=False, description="Whether to return each item's text.")
     interests: str | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_INTERESTS_CHARS,
         description="What the user says they like; clauses beginning with no, not, without … count as disliked.",
+    )
+    deadline_ms: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="After so long, the answer is the user's last slate, or what is popular, and says so.",
+    )
+
+
+class RankRequest(AskRequest):
+    """The caller's candidates, to be put in order for a user."""
+
+    items: list[Identifier] = Field(min_length=1, max_length=10_000, description="Ids; one given twice counts once.")
+
+
+class RecommendRequest(AskRequest):
+    """What to recommend to whom."""
+
+    k: int = Field(
+        default=10, ge=1, le=2**31, description="Length of the slate; a smaller catalogue gives a shorter one."
     )
 
 
@@ -80,6 +103,9 @@ class RecommendResponse(BaseModel):
         default=None, description="Where interests were stated: fingerprint of what read them and the items."
     )
     interests: UsedInterests | None = None
+    fallback: Literal["cached", "popular"] | None = Field(
+        default=None, description="What took the place of a slate that was not ready by the deadline."
+    )
     used: list[Literal["interests", "history"]] | None = None
 
 
@@ -159,6 +185,19 @@ class OpenAIError(BaseModel):
     """An error of the routes that are compatible with OpenAI's."""
 
     error: OpenAIProblem
+
+
+class UnrankedItem(BaseModel):
+    """A candidate that was left out."""
+
+    item_id: str
+    reason: Literal["unknown", "unavailable", "excluded"]
+
+
+class RankResponse(RecommendResponse):
+    """The candidates in order."""
+
+    unranked: list[UnrankedItem]
 
 
 class RejectedEntry(BaseModel):

@@ -88,6 +88,12 @@ class ServedClassical(Catalogue):
             return self.popular(k, excluded)
         return self.best(self.classical.scores(known, self.user_row.get(user_id)), k, excluded, cold_start=False)
 
+    def rank(self, user_id: str, history: Sequence[Interaction], item_ids: Sequence[str]) -> Candidates:
+        """Return these items, each of which it can rank, best first."""
+        rows, known = self._rows(item_ids), self._rows([entry.item_id for entry in history])
+        scores_I = self.classical.scores(known, self.user_row.get(user_id)) if known else self.popularity_I
+        return self.sorted_by(item_ids, scores_I[rows], cold_start=not known)
+
     @cached_property
     def unit_vectors(self) -> torch.Tensor:
         """Text vectors [I, E] of length 1, computed when neighbours are first asked for."""

@@ -94,6 +94,14 @@ class Resident(Protocol):
         """Return up to `k` items, best first, without those excluded."""
         ...
 
+    def can_rank(self, item_id: str) -> bool:
+        """Whether it has a score for the item."""
+        ...
+
+    def rank(self, user_id: str, history: Sequence[Interaction], item_ids: Sequence[str]) -> Candidates:
+        """Return these items, each of which it can rank, best first."""
+        ...
+
     def matching(self, interests: Interests) -> list[str]:
         """Return the items that stand for stated interests, the best last; none where items have no text."""
         ...
@@ -150,6 +158,16 @@ class Catalogue:
     def knows(self, item_id: str) -> bool:
         """Whether it was trained on the item, or the item was put since."""
         return item_id in self.index_of
+
+    def can_rank(self, item_id: str) -> bool:
+        """Whether it has a score for the item."""
+        return self.index_of.get(item_id, self.item_count) < self.item_count
+
+    def sorted_by(self, item_ids: Sequence[str], scores_K: np.ndarray, *, cold_start: bool) -> Candidates:
+        """Return the items by score, best first, of equals the first."""
+        order = np.argsort(-scores_K, kind="stable")
+        item_ids = [item_ids[place] for place in order]
+        return Candidates(item_ids=item_ids, scores=scores_K[order], cold_start=cold_start)
 
     def text_of(self, item_id: str) -> str | None:
         """Return the item's text, or none for an unknown item."""

@@ -151,6 +151,19 @@ class ServedModel(Catalogue):
         item_ids = [self.item_ids[index] for index in candidate_K[best_K].tolist()]
         return Candidates(item_ids=item_ids, scores=order_K[best_K].numpy(), cold_start=False)
 
+    def rank(self, user_id: str, history: Sequence[Interaction], item_ids: Sequence[str]) -> Candidates:
+        """Return these items, each of which it can rank, best first."""
+        rows = [self.index_of[item_id] for item_id in item_ids]
+        known = [entry for entry in history if entry.item_id in self.index_of]
+        if not known or not rows:
+            return self.sorted_by(item_ids, self.popularity_I[rows], cold_start=not known)
+        with torch.inference_mode():
+            user_D = self.user_vector(user_id, known[-self.dense.config.max_history :])
+            order_K, classical_I = self.order(user_D, self.item_ID[rows]), self.classical_scores(known)
+            if classical_I is not None:
+                order_K = blended(order_K, classical_I[rows], self.blend_weight)
+        return self.sorted_by(item_ids, order_K.numpy(), cold_start=False)
+
     def classical_scores(self, known: Sequence[Interaction]) -> torch.Tensor | None:
         """Return what the classical system beside it makes of each item [I], after a history of known items."""
         if self.classical is None:

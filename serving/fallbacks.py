@@ -1,0 +1,77 @@
+"""What is answered when the answer is not ready by a request's deadline: the user's last slate, else what is popular.
+
+In:  queries that are late.  Out: a `Recommendation` and the fallback's name.
+Knows nothing of deadlines. Only answers to requests that have one are remembered, the newest of them, and never again
+shown what the late request excludes; what the user has got since may be among them.
+"""
+
+import uuid
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Literal
+
+from serving.experiments import ARMS
+from serving.recommender import Query, Recommendation, leave_out
+from serving.refresh import Residents
+from training.policies import Slate
+
+KEPT = 10_000
+"""Slates that are remembered, by user and arm."""
+
+FallbackName = Literal["cached", "popular"]
+
+
+class Fallbacks:
+    """The last slates of one replica; for its event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[tuple[str, str], Recommendation] = OrderedDict()
+
+    def remember(self, query: Query, found: Recommendation) -> None:
+        """Keep what a user was shown."""
+        if query.only is None:
+            self._last[query.user_id, query.arm] = found
+            self._last.move_to_end((query.user_id, query.arm))
+            if len(self._last) > KEPT:
+                self._last.popitem(last=False)
+
+    def find(self, query: Query, residents: Residents) -> tuple[Recommendation, FallbackName]:
+        """Return what stands in for an answer, from memory alone."""
+        last = self._last.get((query.user_id, query.arm)) if query.only is None else None
+        if last is not None:
+            barred = query.exclude | residents.unavailable
+            kept = [place for place, item_id in enumerate(last.slate.item_ids) if item_id not in barred][: query.k]
+            if kept:
+                slate = Slate(
+                    item_ids=[last.slate.item_ids[place] for place in kept],
+                    scores=[last.slate.scores[place] for place in kept],
+                    propensities=[1.0] * len(kept),
+                )
+                texts = [last.texts[place] for place in kept]
+                return replace(last, request_id=uuid.uuid4().hex, slate=slate, texts=texts, stated=None), "cached"
+        return _popular(query, residents), "popular"
+
+
+def _popular(query: Query, residents: Residents) -> Recommendation:
+    model = residents.model_of(ARMS[query.arm], query.user_id)
+    unranked: list[tuple[str, str]] = []
+    if query.only is not None:
+        unranked = leave_out(model, query, residents.unavailable)
+        left = {item_id for item_id, _ in unranked}
+        found = model.rank("", (), [item_id for item_id in query.only if item_id not in left])
+    else:
+        found = model.recommend("", (), query.k, query.exclude | residents.unavailable)
+    slate = Slate(item_ids=found.item_ids, scores=found.scores.tolist(), propensities=[1.0] * len(found.item_ids))
+    return Recommendation(
+        request_id=uuid.uuid4().hex,
+        version=model.name,
+        learned_seq=model.learned_seq,
+        state_seq=0,
+        state_fallback=False,
+        reflects_min_seq=None if query.min_seq is None else False,
+        cold_start=True,
+        slate=slate,
+        texts=[model.text_of(item_id) for item_id in slate.item_ids],
+        stated=None,
+        unranked=tuple(unranked),
+    )
