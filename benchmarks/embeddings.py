@@ -1,6 +1,6 @@
 """How fast are vectors of texts over HTTP, against a plain torch loop on the same model, and against infinity-emb?
 
-    python -m benchmarks.embeddings [--infinity PATH/infinity_emb] [--alone] [--quick]
+    python -m benchmarks.embeddings [--infinity PATH/infinity_emb] [--home DIR] [--alone] [--quick]
 
 In:  requests of 32 distinct texts of 6 to 60 words, none of them asked before, four at a time, base64 as OpenAI's
 client asks; the packaged MiniLM, one torch thread everywhere.
@@ -134,6 +134,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--infinity", metavar="PROGRAM", help="infinity_emb of another virtual environment")
     parser.add_argument("--alone", action="store_true", help="a replica without Ray")
+    parser.add_argument("--home", type=Path, help="a home with a published version; else one is made")
     parser.add_argument("--serve", nargs=2, metavar=("HOME", "PORT"), help=argparse.SUPPRESS)  # how it starts a replica
     args = parser.parse_args()
     if args.serve:
@@ -144,7 +145,7 @@ def main() -> None:
     loop = PlainLoop()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))  # Ray's socket paths must be short
-        url = stack.enter_context(_served(folder, alone=args.alone))
+        url = stack.enter_context(_served(folder, args.home, alone=args.alone))
         urls = {"recloop": (f"{url}/v1/embeddings", MODEL)}
         if args.infinity:
             urls["infinity"] = (stack.enter_context(_infinity(args.infinity, loop.location)), MODEL)
@@ -273,15 +274,16 @@ def call(method: str, url: str, body: object) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _served(folder: Path, *, alone: bool) -> Iterator[str]:
-    """Serve a version of the popular list, which costs nothing beside the encoder."""
+def _served(folder: Path, given: Path | None, *, alone: bool) -> Iterator[str]:
+    """Serve the home that is given, or a version of the popular list, which costs nothing beside the encoder."""
     from training.classical import fit_system
     from training.prepare.movielens import prepare_movielens
     from training.publish import publish_run
 
-    home, recipe = Home(folder / "home").ensure(), load_recipe("popularity")
-    prepare_movielens(home.default_dataset)
-    publish_run(fit_system(recipe, load_dataset(home.default_dataset), home), open_registry(recipe, home))
+    home, recipe = Home((given or folder / "home").resolve()).ensure(), load_recipe("popularity")
+    if given is None:
+        prepare_movielens(home.default_dataset)
+        publish_run(fit_system(recipe, load_dataset(home.default_dataset), home), open_registry(recipe, home))
     port = find_free_port()
     if alone:
         command = [sys.executable, "-m", "benchmarks.embeddings", "--serve", str(home.path), str(port)]
