@@ -10,7 +10,6 @@ people ask is kept in memory alone, the newest of it, so that no file grows with
 are kept in the encoder's own cache.
 """
 
-import asyncio
 import contextlib
 import hashlib
 import logging
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.errors import EngineError
+from embeddings.adapter import Adapter
 from embeddings.encoders.tokens import Tokens
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from serving.config import ServeConfig
@@ -45,11 +45,16 @@ log = logging.getLogger(__name__)
 class Embedder(Protocol):
     """Asks an encoder, here or in another process."""
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return one vector an item's text, float32 [n, E]; blocks. Raises `EngineError`."""
+    def encode(self, texts: Sequence[str], version: int | None = None) -> np.ndarray:
+        """Return one vector an item's text, float32 [n, E], by a version's encoder or the promoted one's; blocks.
+
+        Raises `EngineError`.
+        """
         ...
 
-    async def embed(self, texts: Sequence[Text], *, first: bool, timeout_s: float) -> "Embedded":
+    async def embed(
+        self, texts: Sequence[Text], *, first: bool, timeout_s: float, version: int | None = None
+    ) -> "Embedded":
         """Return what becomes of texts. Raises `UnreadableTextError`, or `EngineError` when nothing comes in time."""
         ...
 
@@ -306,38 +311,21 @@ class BatchingEncoder:
 
 
 def build_batching(
-    config: EncoderConfig, cache_folder: Path, serve: ServeConfig, *, warm: bool = False
+    config: EncoderConfig,
+    cache_folder: Path,
+    serve: ServeConfig,
+    *,
+    warm: bool = False,
+    adapter: Adapter | None = None,
 ) -> BatchingEncoder:
     """Return a model's batching encoder as a recipe's `[serve]` says."""
     return BatchingEncoder(
-        TextEncoder(config, cache_folder),
+        TextEncoder(config, cache_folder, adapter),
         batch_tokens=serve.encoder_batch_tokens,
         gather_s=serve.encoder_gather_ms / 1e3,
         cached=serve.encoder_cached,
         warm=warm,
     )
-
-
-class LocalEncoder:
-    """Asks a `BatchingEncoder` of the same process."""
-
-    def __init__(self, encoder: BatchingEncoder, timeout_s: float) -> None:
-        self._encoder = encoder
-        self._timeout_s = timeout_s
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return one vector an item's text, float32 [n, E]; blocks. Raises `EngineError`."""
-        try:
-            return self._encoder.encode_items(texts).result(self._timeout_s)
-        except TimeoutError as error:
-            raise EngineError(f"the text encoder does not answer within {self._timeout_s} s") from error
-
-    async def embed(self, texts: Sequence[Text], *, first: bool, timeout_s: float) -> Embedded:
-        """Return what becomes of texts. Raises `UnreadableTextError`, or `EngineError` when nothing comes in time."""
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(self._encoder.embed(texts, first=first)), timeout_s)
-        except TimeoutError as error:
-            raise EngineError(f"the text encoder does not answer within {timeout_s} s") from error
 
 
 def _choose(lengths: dict[bytes, int], batch_tokens: int) -> list[bytes]:

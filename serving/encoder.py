@@ -16,9 +16,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import EngineError
+from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
-from serving.batching import Embedded, Text, UnreadableTextError, build_batching
+from serving.batching import Embedded, Text, UnreadableTextError
 from serving.config import ServeConfig
+from serving.encoders import VersionEncoders
 
 MAX_ONGOING = 1_000
 """Requests at a time: all but a few wait in here, where batches are made of them."""
@@ -32,19 +34,21 @@ MAX_ONGOING = 1_000
     max_ongoing_requests=MAX_ONGOING,
 )
 class Encoder:
-    """One language model in one thread."""
+    """The language model of each version that is served, in one thread each."""
 
-    def __init__(self, config: EncoderConfig, cache_folder: Path, serve_config: ServeConfig) -> None:
-        self._encoder = build_batching(config, cache_folder, serve_config, warm=serve_config.warm_encoder)
+    def __init__(self, config: EncoderConfig, cache_folder: Path, serve_config: ServeConfig, registry_uri: str) -> None:
+        self._encoders = VersionEncoders(config, cache_folder, serve_config, Registry(registry_uri))
 
-    async def encode(self, texts: list[str]) -> np.ndarray:
+    async def encode(self, texts: list[str], version: int | None = None) -> np.ndarray:
         """Return one vector an item's text, float32 [n, E]."""
-        return await asyncio.wrap_future(self._encoder.encode_items(texts))
+        encoder = await asyncio.to_thread(self._encoders.of, version)
+        return await asyncio.wrap_future(encoder.encode_items(texts))
 
-    async def embed(self, texts: list[Text], first: bool) -> Embedded | UnreadableTextError:
+    async def embed(self, texts: list[Text], first: bool, version: int | None = None) -> Embedded | UnreadableTextError:
         """Return what became of texts; what cannot be read is returned, since what is raised arrives as Ray's."""
+        encoder = await asyncio.to_thread(self._encoders.of, version)
         try:
-            return await asyncio.wrap_future(self._encoder.embed(texts, first=first))
+            return await asyncio.wrap_future(encoder.embed(texts, first=first))
         except UnreadableTextError as error:
             return error
 
@@ -57,12 +61,12 @@ class RemoteEncoder:
         self._loop = loop
         self._timeout_s = timeout_s
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], version: int | None = None) -> np.ndarray:
         """Return one vector an item's text, float32 [n, E]; blocks, so not for the event loop's thread.
 
         Raises `EngineError` when none comes in time.
         """
-        answer = asyncio.run_coroutine_threadsafe(self._ask(list(texts)), self._loop)
+        answer = asyncio.run_coroutine_threadsafe(self._ask(list(texts), version), self._loop)
         try:
             # A copy: what Ray hands out is shared memory, read-only in name alone.
             return np.array(answer.result(self._timeout_s))
@@ -70,18 +74,20 @@ class RemoteEncoder:
             answer.cancel()
             raise EngineError(f"the text encoder does not answer ({error!r:.300})") from error
 
-    async def embed(self, texts: Sequence[Text], *, first: bool, timeout_s: float) -> Embedded:
+    async def embed(
+        self, texts: Sequence[Text], *, first: bool, timeout_s: float, version: int | None = None
+    ) -> Embedded:
         """Return what becomes of texts. Raises `UnreadableTextError`, or `EngineError` when nothing comes in time."""
         try:
-            embedded = await asyncio.wait_for(self._embed(list(texts), first), timeout_s)
+            embedded = await asyncio.wait_for(self._embed(list(texts), first, version), timeout_s)
         except (TimeoutError, RayError, RayServeException) as error:
             raise EngineError(f"the text encoder does not answer ({error!r:.300})") from error
         if isinstance(embedded, UnreadableTextError):
             raise embedded
         return embedded
 
-    async def _ask(self, texts: list[str]) -> np.ndarray:
-        return await self._handle.encode.remote(texts)
+    async def _ask(self, texts: list[str], version: int | None) -> np.ndarray:
+        return await self._handle.encode.remote(texts, version)
 
-    async def _embed(self, texts: list[Text], first: bool) -> Embedded | UnreadableTextError:
-        return await self._handle.embed.remote(texts, first)
+    async def _embed(self, texts: list[Text], first: bool, version: int | None) -> Embedded | UnreadableTextError:
+        return await self._handle.embed.remote(texts, first, version)

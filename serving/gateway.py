@@ -177,7 +177,8 @@ class Gateway:
         patience_s = min(self._config.interests_timeout_s, self._config.encoder_timeout_s)
         if deadline_s is not None:
             patience_s = min(patience_s, max(deadline_s - time.monotonic(), 0) / 2)
-        return await self._interests.read(text, patience_s)
+        live = self._refresher.residents.live.state
+        return await self._interests.read(text, patience_s, live.ref.version, live.encoder)
 
     async def take_feedback(self, request: Request) -> Response:
         """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""

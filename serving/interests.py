@@ -58,19 +58,23 @@ class InterestReader:
     def __init__(self, encoder: Embedder, config: EncoderConfig) -> None:
         self._config = config
         self._encoder = encoder
-        self._known: OrderedDict[str, Stated] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], Stated] = OrderedDict()
 
-    async def read(self, text: str, timeout_s: float) -> Stated:
-        """Return what is said; without vectors, and with the reason, where the encoder does not answer in time."""
-        if (known := self._known.get(text)) is not None:
-            self._known.move_to_end(text)
+    async def read(self, text: str, timeout_s: float, version: int | None = None, encoder: str = "") -> Stated:
+        """Return what is said; without vectors, and with the reason, where the encoder does not answer in time.
+
+        It is read by the version's encoder, whose fingerprint `encoder` is: what was said is known by both.
+        """
+        key = (text, encoder)
+        if (known := self._known.get(key)) is not None:
+            self._known.move_to_end(key)
             return known
         liked, disliked = split_clauses(text)
         said = [*([liked] if liked else []), *disliked]
         if not said:
             return self._unused(liked, disliked, "unreadable")
         try:
-            found = await self._encoder.embed(said, first=True, timeout_s=timeout_s)
+            found = await self._encoder.embed(said, first=True, timeout_s=timeout_s, version=version)
         except UnreadableTextError:
             return self._unused(liked, disliked, "unreadable")
         except EngineError:
@@ -79,7 +83,7 @@ class InterestReader:
         liked_E, disliked_NE = (vectors_NE[0], vectors_NE[1:]) if liked else (None, vectors_NE)
         interests = Interests(liked_E=liked_E, disliked_NE=disliked_NE)
         stated = Stated(interests=interests, liked=liked, disliked=disliked, config=self._config, encoder=found.encoder)
-        self._known[text] = stated
+        self._known[key] = stated
         if len(self._known) > KEPT:
             self._known.popitem(last=False)
         return stated

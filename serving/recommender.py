@@ -168,7 +168,8 @@ def _with_interests(
     """Return the history with what stands for the interests before it, and the interests as far as they are used."""
     if stated.interests is None:
         return history, stated
-    if model.state.recipe.section(EncoderConfig) != stated.config:
+    made_by = model.state.encoder  # of a version that does not state it, the recipe must do
+    if stated.encoder != made_by if made_by else model.state.recipe.section(EncoderConfig) != stated.config:
         return history, replace(stated, interests=None, fallback="encoder_mismatch")
     matching = model.matching(stated.interests)
     if not matching:

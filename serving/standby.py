@@ -12,6 +12,7 @@ connection after the other: those it has are answered and closed.
 """
 
 import asyncio
+import dataclasses
 import socket
 import threading
 from collections.abc import Coroutine
@@ -22,8 +23,9 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.haproxy import count_replicas
+from cluster.registry import Registry
 from serving import shared_port
-from serving.batching import LocalEncoder, build_batching
+from serving.encoders import LocalEncoder, VersionEncoders
 from serving.replica import Replica, ReplicaSettings
 
 FALLBACK_HOST = "127.0.0.1"
@@ -45,8 +47,11 @@ class Standby:
     """The replica with its ports, while the block lasts."""
 
     def __init__(self, settings: ReplicaSettings, host: str, port: int, *, fallback_port: int, stats_port: int) -> None:
-        self._encoder = build_batching(settings.encoder, settings.cache, settings.serve)
-        encoder = LocalEncoder(self._encoder, settings.serve.encoder_timeout_s)
+        registry = Registry(settings.registry_uri)
+        # Loaded when first asked: the standby's own model costs memory that Ray's replicas do without as a rule.
+        serve = dataclasses.replace(settings.serve, warm_encoder=False)
+        self._encoders = VersionEncoders(settings.encoder, settings.cache, serve, registry)
+        encoder = LocalEncoder(self._encoders, settings.serve.encoder_timeout_s)
         self._address = (host, port)
         self._fallback_port = fallback_port
         self._stats_port = stats_port
@@ -74,7 +79,7 @@ class Standby:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(JOIN_PATIENCE_S)
         self._replica.close()
-        self._encoder.stop()
+        self._encoders.stop()
 
     def look(self) -> bool:
         """Take over or stand back, as HAProxy is; return whether HAProxy has been well for some looks."""

@@ -44,7 +44,11 @@ class Stack:
         encoder = TextEncoder(tiny.recipe.section(EncoderConfig), tiny.home.cache)
         log.seed_history("training-history", tiny.registry.open_version(1).table("history"))
         self.refresher = Refresher(
-            tiny.registry, log, LiveCatalogue(log, encoder.encode), Metrics(), poll_interval_s=3_600
+            tiny.registry,
+            log,
+            LiveCatalogue(log, lambda texts, version=None: encoder.encode(texts)),
+            Metrics(),
+            poll_interval_s=3_600,
         )
         self.refresher.load(1)
         residents = self.refresher

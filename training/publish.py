@@ -18,12 +18,14 @@ from cluster.engine import open_registry
 from cluster.errors import DataError
 from cluster.manifest import SYSTEM, TWO_STAGE
 from cluster.registry import Registry, VersionRef
+from embeddings.adapter import SETTINGS_FILE, Adapter
 from embeddings.tables import TablesConfig
 from training.baselines.config import RATINGS, SystemConfig
 from training.checkpoint import read_checkpoint
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.version import (
     COUNT_ROWS,
+    ENCODER,
     ITEM_ROWS,
     TEXT_ROWS,
     USER_ROWS,
@@ -80,8 +82,10 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         },
         dense={},
         optimizer={},
+        encoder=trained.encoder_fingerprint,
+        adapter=Adapter.load(folder) if (folder / SETTINGS_FILE).exists() else None,
     )
-    metrics: dict[str, Any] = dict(trained.metrics)  # Any: JSON
+    metrics: dict[str, Any] = {**trained.metrics, ENCODER: trained.encoder_fingerprint}  # Any: JSON
     if config.classical is not None:
         state = replace(state, system=load_file(folder / SYSTEM_FILE))
     if config.name == TWO_STAGE:

@@ -12,7 +12,8 @@ import pytest
 from cluster.errors import EngineError
 from embeddings.encoders.tokens import Tokens
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from serving.batching import BatchingEncoder, LocalEncoder, UnreadableTextError, VectorCache
+from serving.batching import BatchingEncoder, UnreadableTextError, VectorCache
+from serving.encoders import LocalEncoder
 
 TEXTS = ["a sea captain", "two lovers on a ship that sinks", "tax law", "a quiet village in the far north " * 3]
 
@@ -186,7 +187,12 @@ def test_what_nobody_waits_for_is_not_encoded(batching: BatchingEncoder, model: 
 
 def test_an_encoder_that_takes_too_long_is_said_in_time(batching: BatchingEncoder, model: SlowEncoder) -> None:
     model.leave.clear()
-    local = LocalEncoder(batching, timeout_s=0.05)
+
+    class OnlyOne:
+        def of(self, version: int | None) -> BatchingEncoder:
+            return batching
+
+    local = LocalEncoder(OnlyOne(), timeout_s=0.05)
     with pytest.raises(EngineError, match=r"does not answer within 0\.05 s"):
         asyncio.run(local.embed(["slow"], first=True, timeout_s=0.05))
 

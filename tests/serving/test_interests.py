@@ -110,10 +110,10 @@ class ScriptedEncoder:
     def __init__(self, delay_s: float = 0.0, error: Exception | None = None) -> None:
         self.delay_s, self.error, self.asked = delay_s, error, 0
 
-    def encode(self, texts):
+    def encode(self, texts, version=None):
         raise AssertionError("interests are no items")
 
-    async def embed(self, texts, *, first, timeout_s):
+    async def embed(self, texts, *, first, timeout_s, version=None):
         self.asked += 1
         assert first
         if self.delay_s > timeout_s:

@@ -21,7 +21,7 @@ class OneHotEncoder:
         self.answers = True
         self.stumbles_over = ""
 
-    def __call__(self, texts):
+    def __call__(self, texts, version=None):
         if not self.answers or self.stumbles_over in texts:
             raise EngineError("the text encoder does not answer")
         return np.eye(384, dtype=np.float32)[[len(text) % 384 for text in texts]]

@@ -228,7 +228,7 @@ class TunedEncoder(nn.Module):
         if not some:
             return
         self.eval()
-        ours, theirs = self(np.array(some)).numpy(), encoder.encode([texts[row] for row in some])
+        ours, theirs = self(np.array(some)).numpy(), encoder.encode([str(texts[row]) for row in some])
         if ours.shape != theirs.shape or np.abs(ours - theirs).max() > SAME:
             raise ConfigError(
                 f"encoder.model={encoder.config.model!r}: fine-tuning reads the mean over tokens, which is not how "

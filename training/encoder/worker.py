@@ -6,6 +6,7 @@ Knows nothing of the driver. Ray has set up the process group.
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def resume(learner: EncoderLearner) -> None:
         learner.resume(load_file(Path(folder) / LEARNED_FILE), load_file(Path(folder) / BEST_FILE), progress)
 
 
-def _report(learner: EncoderLearner, metrics: dict[str, object]) -> None:
+def _report(learner: EncoderLearner, metrics: Mapping[str, object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if dist.get_rank() == 0:  # every worker has the same
@@ -69,4 +70,4 @@ def _report(learner: EncoderLearner, metrics: dict[str, object]) -> None:
             save_file(learner.best, Path(folder) / BEST_FILE)
             (Path(folder) / PROGRESS_FILE).write_text(json.dumps(asdict(learner.progress)))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report(dict(metrics), checkpoint=checkpoint)

@@ -12,14 +12,17 @@ Knows nothing of how it was learned or how it is served.
     items.parquet          item_id, text         users.parquet   user_id
     history.parquet        the interactions it was trained on, EVENT_SCHEMA, for user state and rehearsal
     recipe.toml            the resolved recipe
+    encoder.json           fingerprint of the encoder, adapter included, that made `text`
+    adapter.*              what fine-tuning changed in that encoder (embeddings/adapter.py), where anything did
 
-A delta has the same files less text, history and recipe; its row tensors, text too, come in pairs, NAME.index and
-NAME.value, its items and users are those that are new and follow the ones before. A user with a `row` takes over that
-row instead. Rows may be rounded (`online.delta_rows`) or sent only once they have changed enough
-(`online.delta_threshold`): then optimizer.safetensors, which replicas do not read, has the trainer's own as exact.NAME.
-With NAME.scale, int8 values are steps of change to the row before.
+A delta has the same files less text, history, recipe, encoder and adapter: another encoder is another version. Its
+row tensors, text too, come in pairs, NAME.index and NAME.value, its items and users are those that are new and follow
+the ones before. A user with a `row` takes over that row instead. Rows may be rounded (`online.delta_rows`) or sent only
+once they have changed enough (`online.delta_threshold`): then optimizer.safetensors, which replicas do not read, has the
+trainer's own as exact.NAME. With NAME.scale, int8 values are steps of change to the row before.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -31,6 +34,7 @@ import torch
 from cluster.config import Recipe
 from cluster.manifest import Manifest, VersionRef
 from cluster.registry import Registry, VersionReader
+from embeddings.adapter import ADAPTER, ADAPTER_FILE, SETTINGS_FILE, Adapter
 from embeddings.quantized import QuantizedRows
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
@@ -44,7 +48,10 @@ rollback has undone."""
 ITEMS_FILE, USERS_FILE, RECIPE_FILE = "items.parquet", "users.parquet", "recipe.toml"
 TEXT_FILE, DENSE_FILE, SYSTEM_FILE = "text.safetensors", "dense.safetensors", "system.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE, SYSTEM_FILE))
+ENCODER_FILE = "encoder.json"
+ENCODER = "encoder"
+"""Metric of a version: the fingerprint of its encoder."""
+SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE, SYSTEM_FILE, ADAPTER_FILE))
 """What a version may share with the one before it in memory."""
 TEXTS_AT_ONCE = 4_096
 """Texts made with the interpreter's lock held; requests go on in between."""
@@ -75,6 +82,10 @@ class VersionState:
     """Weights [2D] of `training.models.seen`; none before anything was learned of what was shown."""
     system: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What a classical system has learned, its `arrays`; empty where there is none."""
+    encoder: str = ""
+    """Fingerprint of the encoder that made the text vectors; empty of versions from before it was stated."""
+    adapter: Adapter | None = None
+    """What fine-tuning changed in that encoder; none where it is as it was pre-trained."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """File name to checksum, of the files whose content is here as it was read: no delta has changed it since."""
 
@@ -139,6 +150,11 @@ def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
     draft.add_table("users", pa.table({"user_id": pa.array(state.user_ids, pa.string())}))
     draft.add_table("history", history)
     draft.add_text("recipe.toml", state.recipe.to_toml())
+    if state.encoder:
+        draft.add_text(ENCODER_FILE, json.dumps({"fingerprint": state.encoder}))
+    if state.adapter is not None:
+        draft.add_tensors(ADAPTER, state.adapter.tensors)
+        draft.add_text(SETTINGS_FILE, state.adapter.settings())
 
 
 def write_delta(draft: Draft, change: Change) -> None:
@@ -190,11 +206,22 @@ def read_version(
         optimizer=_tensors(reader, OPTIMIZER_FILE) if with_optimizer else {},
         seen=_read_seen(reader),
         system=system,
+        encoder=_read_encoder(reader),
+        adapter=_read_adapter(reader, _holder(resident, reader, ADAPTER_FILE)),
         sources={name: entry.sha256 for name, entry in reader.manifest.files.items() if name in SHARED_FILES},
     )
     for number in range(1, ref.delta + 1):
         state = apply_delta(state, registry.open_delta(ref.version, number))
     return state
+
+
+def read_encoder(registry: Registry, version: int) -> tuple[str, Adapter | None]:
+    """Return the fingerprint of a version's encoder and its adapter, without reading anything else.
+
+    Raises `CorruptVersionError` or `RegistryError`.
+    """
+    reader = registry.open_version(version)
+    return _read_encoder(reader), _read_adapter(reader, None)
 
 
 def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:
@@ -314,6 +341,22 @@ def _holder(resident: VersionState | None, reader: VersionReader, file_name: str
 def _tensors(reader: VersionReader, file_name: str) -> dict[str, torch.Tensor]:
     """Return a file's tensors; none where the version, or the delta, has no such file."""
     return reader.tensors(file_name.removesuffix(".safetensors")) if file_name in reader.manifest.files else {}
+
+
+def _read_encoder(reader: VersionReader) -> str:
+    if ENCODER_FILE not in reader.manifest.files:
+        return ""
+    return str(json.loads(reader.text(ENCODER_FILE))["fingerprint"])
+
+
+def _read_adapter(reader: VersionReader, held: VersionState | None) -> Adapter | None:
+    """Return the version's adapter, or the resident one of the same tensors and settings."""
+    if SETTINGS_FILE not in reader.manifest.files:
+        return None
+    settings = reader.text(SETTINGS_FILE)
+    if held is not None and held.adapter is not None and held.adapter.settings() == settings:
+        return held.adapter
+    return Adapter.from_files(settings, reader.tensors(ADAPTER), str(reader.manifest.ref))
 
 
 def _read_seen(reader: VersionReader) -> torch.Tensor | None:

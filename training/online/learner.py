@@ -38,6 +38,7 @@ from embeddings.quantized import FORMATS
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.models.version import (
+    ENCODER,
     EVENTS,
     ROOT,
     SET_ASIDE,
@@ -199,8 +200,9 @@ class OnlineLearner:
         state = read_version(self.registry, ref, with_optimizer=True)
         self.ref, self.recipe, self.applied_seq = ref, state.recipe, state.learned_seq
         self.data = state.recipe.section(DataConfig)
+        self._encoder_name = state.encoder
         self._system = state.system  # beside the model: it does not learn, and goes along
-        self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder)
+        self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder, state.adapter)
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
         self.live = LiveModel(
@@ -372,12 +374,14 @@ class OnlineLearner:
             optimizer=optimizer | self.impressions.tensors(),
             seen=self.impressions.weight,
             system=self._system,
+            encoder=self._encoder_name,
+            adapter=self.encoder.adapter,
         )
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
         self.impressions.write_open(draft)
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
-        totals["workers"] = self.workers.count
+        totals |= {"workers": self.workers.count, ENCODER: self._encoder_name}
         self.ref = draft.publish(
             offset=self.applied_seq,
             metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | self.impressions.metrics() | metrics,

@@ -12,6 +12,7 @@ from cluster.errors import CorruptVersionError
 from cluster.events import Event, events_table
 from cluster.manifest import VersionRef
 from cluster.registry import Registry, VersionDraft
+from embeddings.adapter import Adapter
 from embeddings.quantized import QuantizedRows
 from training.models.version import (
     COUNT_ROWS,
@@ -24,6 +25,7 @@ from training.models.version import (
     checkpoint_names,
     grow_rows,
     log_popularity,
+    read_encoder,
     read_version,
     split_checkpoint,
     write_delta,
@@ -254,3 +256,26 @@ def test_checkpoint_names_and_back(version: VersionState) -> None:
 def test_popularity_is_smoothed_and_sums_to_1() -> None:
     # Counts 0, 1, 4: 1, 2, 5 of 8.
     np.testing.assert_allclose(np.exp(log_popularity(torch.tensor([0, 1, 4]))), [1 / 8, 2 / 8, 5 / 8], rtol=1e-6)
+
+
+def test_a_version_holds_its_encoders_adapter_and_says_which_encoder_it_is(
+    registry: Registry, version: VersionState
+) -> None:
+    tensors = {"layer.lora_A": torch.ones(2, 4), "layer.lora_B": torch.ones(4, 2)}
+    adapter = Adapter(kind="lora", base="0123456789abcdef", rank=2, alpha=4.0, tensors=tensors)
+    draft = registry.draft_version()
+    write_version(draft, replace(version, encoder="fedcba9876543210", adapter=adapter), HISTORY)
+    ref = draft.publish(offset=5, metrics={})
+    found = read_version(registry, ref)
+    assert found.encoder == "fedcba9876543210"
+    assert found.adapter is not None
+    assert found.adapter.digest == adapter.digest
+    assert read_version(registry, ref, resident=found).adapter is found.adapter
+    fingerprint, alone = read_encoder(registry, ref.version)
+    assert (fingerprint, alone and alone.digest) == ("fedcba9876543210", adapter.digest)
+
+
+def test_a_version_from_before_encoders_were_stated_reads_as_it_did(registry: Registry, published: VersionRef) -> None:
+    found = read_version(registry, published)
+    assert (found.encoder, found.adapter) == ("", None)
+    assert not {"encoder.json", "adapter.json"} & set(registry.manifest(published).files)
