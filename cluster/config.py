@@ -46,6 +46,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "ratings": "training.models.rating:RatingConfig",
         "policy": "training.policies:PolicyConfig",
         "online": "training.online.learner:OnlineConfig",
+        "adapter": "training.online.adapter:AdapterConfig",
         "guard": "training.online.guard:GuardConfig",
         "canary": "training.online.canary:CanaryConfig",
         "drift": "training.online.drift:DriftConfig",

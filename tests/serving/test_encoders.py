@@ -72,9 +72,10 @@ class SpaceEncoder:
     """Answers with a vector that says for which version it was asked, and counts."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.asked: list[int | None] = []
 
     def __call__(self, texts, version=None):
+        assert version is not None
         self.asked += [version] * len(texts)
         return np.eye(384, dtype=np.float32)[[version] * len(texts)]
 

@@ -18,8 +18,8 @@ Knows nothing of how it was learned or how it is served.
 A delta has the same files less text, history, recipe, encoder and adapter: another encoder is another version. Its
 row tensors, text too, come in pairs, NAME.index and NAME.value, its items and users are those that are new and follow
 the ones before. A user with a `row` takes over that row instead. Rows may be rounded (`online.delta_rows`) or sent only
-once they have changed enough (`online.delta_threshold`): then optimizer.safetensors, which replicas do not read, has the
-trainer's own as exact.NAME. With NAME.scale, int8 values are steps of change to the row before.
+once they have changed enough (`online.delta_threshold`): then optimizer.safetensors, which replicas do not read, has
+the trainer's own as exact.NAME. With NAME.scale, int8 values are steps of change to the row before.
 """
 
 import json

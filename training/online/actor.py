@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -27,11 +28,12 @@ from ray.exceptions import RayError
 
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_log, open_registry
-from cluster.errors import EngineError, NothingToLearnError
+from cluster.errors import EngineError, NothingToLearnError, RecloopError
 from cluster.home import Home
 from cluster.log.retention import LogConfig
 from embeddings.tables import device_type
 from training.interface import name_interface
+from training.online.adapter import AdapterConfig, AdapterTrainer, Proposal
 from training.online.canary import CanaryConfig, CanaryWatch
 from training.online.idle import Idle
 from training.online.learner import CONSUMER, OnlineConfig, OnlineLearner
@@ -44,6 +46,8 @@ RESTART_PAUSE_S = 1.0
 START_PATIENCE_S = 60.0
 JOIN_PATIENCE = datetime.timedelta(seconds=60)
 """How long workers wait for each other as they start."""
+ENCODE_AT_ONCE = 8
+"""Items encoded between two steps, where a bridge has stood in for the new encoder."""
 CANARY_LOOK_S = 2.0
 """How often a version on trial is judged."""
 
@@ -79,6 +83,7 @@ class OnlineTrainer:
         self._cache_folder = home.cache
         self._canary = CanaryWatch(self._registry, self._log, recipe.section(CanaryConfig))
         self._stopping = threading.Event()
+        self._adapters = AdapterSchedule(recipe, home)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="online-trainer")
         self._thread.start()
@@ -174,10 +179,53 @@ class OnlineTrainer:
             if time.monotonic() - looked_s >= CANARY_LOOK_S:
                 self._canary.look(time.time_ns() // 1_000)
                 looked_s = time.monotonic()
+            if isinstance(self._learner, OnlineLearner):
+                self._adapters.look(self._learner)
             if not events:
                 self._workers.beat()
                 self._stopping.wait(self._config.poll_interval_ms / 1_000)
         self._publish()
+
+
+class AdapterSchedule:
+    """Has an encoder proposed when it is time, in a process of its own, and lets the learner adopt it."""
+
+    def __init__(self, recipe: Recipe, home: Home) -> None:
+        self._recipe, self._home, self._config = recipe, home, recipe.section(AdapterConfig)
+        self._asked: ray.ObjectRef[str | None] | None = None
+        self._folder = home.path / "adapters"
+        self._last_s, self._last_events = time.monotonic(), -1
+        self._actor: Any = None  # Any: Ray's types do not say what a decorated class offers
+
+    def look(self, learner: OnlineLearner) -> None:
+        """Ask for a proposal where one is due; adopt the one that has come. What goes wrong there is logged alone."""
+        if self._last_events < 0:
+            self._last_events = learner.events_total
+        if self._asked is not None:
+            self._take(learner)
+        elif self._config.is_due(time.monotonic() - self._last_s, learner.events_total - self._last_events):
+            self._last_s, self._last_events = time.monotonic(), learner.events_total
+            self._actor = ray.remote(AdapterTrainer).options(num_cpus=0).remote(self._recipe.to_toml(), self._home)
+            folder = self._folder / f"{time.time_ns()}"
+            self._asked, self._folder_asked = self._actor.propose.remote(str(folder)), folder
+        learner.encode_bridged(ENCODE_AT_ONCE)
+
+    def _take(self, learner: OnlineLearner) -> None:
+        assert self._asked is not None
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return
+        asked, self._asked = self._asked, None
+        try:
+            refused = ray.get(asked)
+            if refused:
+                logger.info("the encoder stays: %s", refused)
+            else:
+                learner.adopt(Proposal.load(self._folder_asked))
+        except (RayError, RecloopError, OSError) as error:
+            logger.error("no encoder is proposed: %s", error)
+        finally:
+            ray.kill(self._actor)  # with the memory that it took
+            shutil.rmtree(self._folder_asked, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,10 +38,12 @@ from embeddings.quantized import FORMATS
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from embeddings.vocabulary import UNKNOWN_ROW
 from training.models.version import (
+    COUNT_ROWS,
     ENCODER,
     EVENTS,
     ROOT,
     SET_ASIDE,
+    TEXT_ROWS,
     Change,
     VersionState,
     log_popularity,
@@ -49,6 +51,7 @@ from training.models.version import (
     write_delta,
     write_version,
 )
+from training.online.adapter import Proposal
 from training.online.admission import Intake
 from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
@@ -56,6 +59,7 @@ from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.impressions import Fate, Impressions, ImpressionsConfig
 from training.online.intake import IntakeConfig
 from training.online.join import JoinConfig, Joined
+from training.online.migration import refit_projection, restart_moments
 from training.online.model import LiveModel
 from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
@@ -224,6 +228,9 @@ class OnlineLearner:
         self._rehearsed = np.setdiff1d(np.arange(len(self._rehearsal)), self._rehearsal.starts)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
         self._item_seq = 0
+        self._bridged: list[int] = []
+        """Rows of items whose vectors are a bridge's, hottest first."""
+        self._redescribed = False
         metrics = self.registry.manifest(ref).metrics
         self.events_total, self.set_aside_total = (int(metrics.get(name, 0)) for name in (EVENTS, SET_ASIDE))
         self._past_total = int(self.live.counts.sum())
@@ -249,6 +256,7 @@ class OnlineLearner:
     def _start_delta(self) -> None:
         """Collect what the next delta holds."""
         self.pending_events = 0
+        self._redescribed = False
         self._newest: tuple[Sequences, np.ndarray] | None = None
         self._first_seq = self.applied_seq + 1
 
@@ -320,7 +328,7 @@ class OnlineLearner:
             self._follow_pointer(current, took_up=True)
             return None
         released = self.learn_released()
-        if not self.pending_events and not released:
+        if not self.pending_events and not released and not self._redescribed:
             return None
         change = self.impressions.added_to(self.live.change())
         if (damage := self._damage(change)) is not None:
@@ -355,14 +363,85 @@ class OnlineLearner:
         self._start_delta()
         return self.ref
 
-    def _publish_version(self, metrics: dict[str, object], promote_from: VersionRef | None = None) -> None:
-        """Publish the present state as a version of its own, child of the one it grew from.
+    def adopt(self, proposal: Proposal) -> VersionRef | None:
+        """Publish the newest state as another encoder tells its items; nothing that was learned meanwhile is lost.
+
+        The projection is refitted so that items stay where they were, and users and the ranker with them. Returns none
+        where the encoder is not the one to be replaced any more, or someone moved the pointer. What the proposal does
+        not know is encoded now; what it has bridged is encoded between steps from here on.
+        """
+        if proposal.refused or proposal.before != self.encoder.fingerprint:
+            return None
+        self.publish()  # what is pending is judged first, and goes out as a delta
+        if self.pending_events or self.registry.current() != self.ref:
+            return None
+        encoder = TextEncoder(self.encoder.config, self.cache_folder, proposal.adapter)
+        state = self._state()
+        text_IE, bridged = proposal.vectors_for(state.item_ids, state.item_texts, encoder)
+        old_IE = state.rows[TEXT_ROWS]
+        dense, moved = refit_projection(state.dense, old_IE, torch.from_numpy(text_IE), state.rows[COUNT_ROWS])
+        rows = {**state.rows, TEXT_ROWS: torch.from_numpy(text_IE)}
+        state = replace(
+            state,
+            rows=rows,
+            dense=dense,
+            optimizer=restart_moments(state.optimizer),
+            encoder=encoder.fingerprint,
+            adapter=encoder.adapter,
+        )
+        coverage = 1 - len(bridged) / max(len(text_IE), 1)
+        told = proposal.metrics | {"items_moved": moved, "coverage": coverage, "bridged": len(bridged)}
+        before = self.ref
+        self._publish_version({"adapter": told, "encoder_before": proposal.before}, state=state)
+        if self.registry.current() != self.ref:
+            self._follow_pointer(self.registry.current(), took_up=True)
+            return None
+        logger.info("%s: the encoder is %s, it was %s to %s", self.ref, state.encoder, proposal.before, before)
+        self._take_up(self.ref)
+        self._bridged = bridged
+        return self.ref
+
+    def encode_bridged(self, most: int) -> int:
+        """Encode some of the items whose vectors are bridged; return how many are left."""
+        now, self._bridged = self._bridged[:most], self._bridged[most:]
+        if now:
+            texts = [self.live.item_texts[row] for row in now]
+            for row, text, vector in zip(now, texts, self.encoder.encode(texts), strict=True):
+                self.live.describe(self.live.items.ids[row], text, vector)
+            self._redescribed = True
+        return len(self._bridged)
+
+    def _publish_version(
+        self,
+        metrics: dict[str, object],
+        promote_from: VersionRef | None = None,
+        state: VersionState | None = None,
+    ) -> None:
+        """Publish the present state, or one made of it, as a version of its own, child of the one it grew from.
 
         The pointer follows unless someone has moved it from `promote_from` (the version grown from) meanwhile; the next
         `publish` then sees that.
         """
+        state = state or self._state()
+        draft = self.registry.draft_version()
+        write_version(draft, state, self.history_table)
+        self.impressions.write_open(draft)
+        totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
+        totals |= {"workers": self.workers.count, ENCODER: state.encoder}
+        self.ref = draft.publish(
+            offset=self.applied_seq,
+            metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | self.impressions.metrics() | metrics,
+            parent=self.ref,
+            promote_from=promote_from or self.ref,
+        )
+        self.live.mark_published()
+        self.impressions.mark_published()
+        self._start_delta()
+
+    def _state(self) -> VersionState:
+        """Return all that has been learned so far, as a version holds it."""
         rows, dense, optimizer = self.live.tensors()
-        state = VersionState(
+        return VersionState(
             ref=self.ref,
             recipe=self.recipe,
             learned_seq=self.applied_seq,
@@ -377,20 +456,6 @@ class OnlineLearner:
             encoder=self._encoder_name,
             adapter=self.encoder.adapter,
         )
-        draft = self.registry.draft_version()
-        write_version(draft, state, self.history_table)
-        self.impressions.write_open(draft)
-        totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
-        totals |= {"workers": self.workers.count, ENCODER: self._encoder_name}
-        self.ref = draft.publish(
-            offset=self.applied_seq,
-            metrics=totals | self.exclusions.metrics() | self.surprise.metrics() | self.impressions.metrics() | metrics,
-            parent=self.ref,
-            promote_from=promote_from or self.ref,
-        )
-        self.live.mark_published()
-        self.impressions.mark_published()
-        self._start_delta()
 
     def _drop_old_versions(self) -> None:
         """Keep the deltas of the newest versions, the bases of many, and every trained version."""

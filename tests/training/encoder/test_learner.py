@@ -20,7 +20,6 @@ from training.encoder.learner import DONE, EncoderLearner, Progress
 from training.encoder.tuned import TunedEncoder
 from training.stream import History, build_history
 
-WORDS = ("ghost", "castle", "haunted", "crypt", "love", "wedding", "kiss", "paris")
 CONFIG = FinetuneConfig(
     layers=1,
     rank=2,
@@ -40,37 +39,8 @@ CONFIG = FinetuneConfig(
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of three layers and random weights, with a tokenizer of whole words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *(f"w{n}" for n in range(20))]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def texts() -> list[str]:
-    """The first half are ghost stories, the second romances; what else they say is noise."""
-    rng = np.random.default_rng(0)
-    return [
-        " ".join([*rng.choice(WORDS[4 * (n >= 15) : 4 + 4 * (n >= 15)], 2), *(f"w{m}" for m in rng.integers(0, 20, 2))])
-        for n in range(30)
-    ]
+def texts(story_texts: list[str]) -> list[str]:
+    return story_texts
 
 
 @pytest.fixture(scope="session")
