@@ -166,8 +166,8 @@ class Catalogue:
     def sorted_by(self, item_ids: Sequence[str], scores_K: np.ndarray, *, cold_start: bool) -> Candidates:
         """Return the items by score, best first, of equals the first."""
         order = np.argsort(-scores_K, kind="stable")
-        item_ids = [item_ids[place] for place in order]
-        return Candidates(item_ids=item_ids, scores=scores_K[order], cold_start=cold_start)
+        best = [item_ids[place] for place in order.tolist()]
+        return Candidates(item_ids=best, scores=scores_K[order], cold_start=cold_start)
 
     def text_of(self, item_id: str) -> str | None:
         """Return the item's text, or none for an unknown item."""

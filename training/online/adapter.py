@@ -9,6 +9,9 @@ Knows nothing of the learner that adopts it (training/online/learner.py). Runs i
 Whatever is learned online meanwhile is not touched: the learner lays the proposal over its newest state.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 import json
 import os
 import time
@@ -102,7 +105,8 @@ class Proposal:
         """
         place = {item_id: n for n, item_id in enumerate(self.item_ids)}
         vector_IE = np.zeros((len(item_ids), encoder.dim), np.float32)
-        new, bridged = [], []
+        new: list[int] = []
+        bridged: list[int] = []
         for row, (item_id, text) in enumerate(zip(item_ids, item_texts, strict=True)):
             known = place.get(item_id)
             if known is None or self.item_texts[known] != text:
