@@ -166,7 +166,8 @@ class Catalogue:
     def sorted_by(self, item_ids: Sequence[str], scores_K: np.ndarray, *, cold_start: bool) -> Candidates:
         """Return the items by score, best first, of equals the first."""
         order = np.argsort(-scores_K, kind="stable")
-        best = [item_ids[place] for place in order.tolist()]
+        places: list[int] = order.tolist()
+        best = [item_ids[place] for place in places]
         return Candidates(item_ids=best, scores=scores_K[order], cold_start=cold_start)
 
     def text_of(self, item_id: str) -> str | None:
