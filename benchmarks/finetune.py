@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--layers", type=int, default=2, help="topmost ones that lora changes")
+    parser.add_argument("--batch-items", type=int, default=96)
     parser.add_argument("--texts", type=int, default=2400)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--cache", type=Path, help="folder of the encoder's cache")
@@ -67,7 +68,7 @@ def main() -> None:
     results, checks = (films if args.task == "films" else reviews)(args)
     for check in checks:
         print(f"{check.name:60} {check.value:>8.4f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
-    names = ("task", "seeds", "first_seed", "epochs", "layers", "texts", "arms", "quick")
+    names = ("task", "seeds", "first_seed", "epochs", "layers", "batch_items", "texts", "arms", "quick")
     print_result(results=results, config={name: getattr(args, name) for name in names}, checks=checks)
 
 
@@ -85,7 +86,6 @@ def films(args: argparse.Namespace) -> tuple[Json, list[Check]]:
             told[arm].append(said)
             if arm == args.arms[0]:
                 users.append(user_N + len(users) * 1_000_000)
-            print(f"seed {seed} {arm}: cold {gains[arm][-1].mean():.4f} {said}", file=sys.stderr, flush=True)
     pooled = {arm: np.concatenate(of_seeds) for arm, of_seeds in gains.items()}
     results: Json = {
         arm: {
@@ -129,7 +129,13 @@ def _tune_on_choices(
     tested_N = np.isin(met.item_row, held_out) & (met.order >= (1 - LATER) * len(events))
     tested_N[met.starts] = False
     test = lay_out(met, np.flatnonzero(tested_N), FinetuneConfig().max_history)
-    config = FinetuneConfig(seed=seed, epochs=1 if args.quick else args.epochs, layers=args.layers)
+    config = FinetuneConfig(
+        seed=seed,
+        epochs=1 if args.quick else args.epochs,
+        layers=args.layers,
+        batch_items=args.batch_items,
+        hard_negatives=args.batch_items // 6,
+    )
     if args.quick:
         config = replace(config, head_epochs=2)
     inputs = split_cold(texts, select(history, ~is_held_out_N & ~later_N), config, where=dataset.path)
@@ -159,6 +165,8 @@ def _tune_on_choices(
         }
         ranks = choice_ranks(learner.head, learner.memory_IE, test)
         cold_ranks = choice_ranks(learner.head, learner.memory_IE, test, is_held_out_I)
+        told = f"cold {ndcg_at_k(cold_ranks, 10).mean():.4f}, among all {ndcg_at_k(ranks, 10).mean():.4f}"
+        print(f"seed {seed} {arm}: {told} {said}", file=sys.stderr, flush=True)
         found[arm] = (cold_ranks, ranks, met.user_row[np.flatnonzero(tested_N)], said)
     return found
 

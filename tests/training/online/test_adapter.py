@@ -1,6 +1,7 @@
 """A better encoder is proposed from the log and adopted in one switch; what online learning did meanwhile stays."""
 
 import contextlib
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from training.models.version import (
     read_version,
     write_version,
 )
+from training.online.actor import running_trainer
 from training.online.adapter import AdapterConfig, Proposal, hottest, propose, read_interactions
 from training.online.learner import OnlineLearner
 
@@ -301,3 +303,28 @@ def test_what_is_learned_from_is_history_and_log_less_what_is_left_out(stories: 
     state: VersionState = read_version(stories.registry, stories.ref)
     registry: Registry = stories.registry
     assert len(read_interactions(registry, log, state)) == 246
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_trainer_has_one_proposed_beside_learning_and_adopts_it(ray_cluster, stories: StoryHome) -> None:
+    recipe = stories.recipe.with_overrides(
+        ["adapter.events=60", "adapter.min_gain=-1.0", "finetune.epochs=1", "online.publish_interval_ms=20"]
+    )
+    history = stories.registry.open_version(stories.ref.version).table("history")
+    with contextlib.closing(EventLog(stories.tiny.home.log)) as log:
+        log.seed_history("training-history", history)
+        with running_trainer(recipe, stories.tiny.home):
+            deadline_s, sent, adopted = time.monotonic() + 240, 0, None
+            while adopted is None and time.monotonic() < deadline_s:
+                if sent < 600:
+                    log.append(stories.stories(6, first=240 + sent))
+                    sent += 6
+                time.sleep(0.2)
+                told = [m for m in stories.registry.versions() if "adapter" in m.metrics]
+                adopted = told[0] if told else None
+        assert adopted is not None
+        current = stories.registry.manifest(stories.registry.current())
+        assert current.last_seq == log.head_seq()  # what came meanwhile is learned, too
+        assert current.metrics.get("events_total") == log.head_seq()
+        assert read_version(stories.registry, stories.registry.current()).encoder == adopted.metrics["encoder"]
