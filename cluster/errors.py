@@ -8,7 +8,8 @@
     │   ├── CorruptVersionError     a manifest or a checksum does not hold
     │   └── NothingToLearnError     a version does not learn while it serves
     ├── EngineError              5  Ray, ports, storage, the event log
-    │   └── PortTakenError
+    │   ├── PortTakenError
+    │   └── RefusedError            a server's answer is no
     ├── GateError                6  a run that finished, with figures below its bars
     └── InvalidEventError        a feedback event the guard refuses (an answer: HTTP 422)
 
@@ -60,6 +61,14 @@ class EngineError(RecloopError):
 
 class PortTakenError(EngineError):
     """Another process listens on the requested address."""
+
+
+class RefusedError(EngineError):
+    """A server has refused a request; the text is its reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class GateError(RecloopError):

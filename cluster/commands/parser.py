@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         _demo,
         _versions,
         _events,
+        _ask,
         _keys,
         _status,
     ):
@@ -313,6 +314,19 @@ def _events(commands: Commands) -> _Parser:
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--release", action="store_true", help="quarantine: let what is held be learned")
     fate.add_argument("--drop", action="store_true", help="quarantine: never let it be learned")
+    return parser
+
+
+def _ask(commands: Commands) -> _Parser:
+    summary = "ask a running server what it would recommend to a user"
+    examples = ("u1", "a-stranger --interests 'slow-burn Nordic crime, no gore' --k 5")
+    parser = _command(commands, "ask", "cluster.commands.ask:run", summary, *examples)
+    parser.add_argument("user", metavar="USER")
+    parser.add_argument("--interests", metavar="TEXT", help="what the user says they like, in plain words")
+    parser.add_argument("--k", metavar="N", type=_positive, default=10, help="how many; default: %(default)s")
+    parser.add_argument("--arm", help="default: the first of the server's")
+    parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
+    parser.add_argument("--key", help="an API key; default: $RECLOOP_API_KEY, which no list of processes shows")
     return parser
 
 
