@@ -73,7 +73,8 @@ def test_the_version_knows_what_it_was_trained_on(board) -> None:
     state, reader = read_version(registry, VersionRef(1)), registry.open_version(1)
     seen = training_events(board.dataset, board.recipe.section(DataConfig))
     assert reader.table("history").equals(seen)
-    assert reader.manifest.metrics == board.trained.metrics
+    assert reader.manifest.metrics == {**board.trained.metrics, "encoder": state.encoder}
+    assert state.encoder == board.trained.encoder_fingerprint
     assert state.learned_seq == 0
     counts = dict.fromkeys(state.item_ids, 0)
     for item_id in seen["item_id"].to_pylist():
