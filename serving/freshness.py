@@ -1,4 +1,4 @@
-"""How long feedback takes until answers reflect it: in user state, in the item's row, in the dense weights.
+"""How long feedback takes until answers reflect it: in user state, the item's row, the dense weights, the encoder.
 
 In:  events as they are taken in, swaps from one resident model to the next.  Out: observations, from an event's ack on.
 Knows nothing of HTTP or of how versions are loaded.
@@ -6,7 +6,7 @@ Knows nothing of HTTP or of how versions are loaded.
 A delta states the events it learned, may hold nothing for some of them (set aside) and may leave rows out until they
 have changed enough. So every event learned counts for the dense weights, which a delta always has all of, and for its
 item's row once that differs from the one served when it was learned, if there was a history to learn it from; a version
-of its own has every row whole.
+of its own has every row whole. A version with another encoder states up to which event that was tuned.
 """
 
 import time
@@ -21,7 +21,7 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from serving.metrics import RECENT_EVENTS, Metrics
 from training.models.resident import Resident
-from training.models.version import ITEM_ROWS, find_set_aside
+from training.models.version import ITEM_ROWS, TUNED_SEQ, find_set_aside
 
 READ_EVENTS = 1_000
 
@@ -47,10 +47,12 @@ class LearnedEvents:
         """Learned, but its item's row is not served yet."""
         self._asked_seq = 0
         """Last event of which it is known whether it taught anything."""
+        self._tuned_seq = 0
+        """Last event whose way into the encoder has been timed, or came before this replica."""
 
     def start(self) -> None:
         """Time events from here on."""
-        self._timed_seq = self._log.head_seq()
+        self._timed_seq = self._tuned_seq = self._log.head_seq()
 
     def note_swap(self, before: Resident, after: Resident) -> None:
         """Observe every event that the model now served reflects and the one before did not."""
@@ -68,6 +70,20 @@ class LearnedEvents:
             self._unsent.extend(learned)
             self._timed_seq = after.learned_seq if len(reached) < len(events) else events[-1].seq
         self._time_rows(before, after, now_us)
+        self._time_adapter(before, after, now_us)
+
+    def _time_adapter(self, before: Resident, after: Resident, now_us: int) -> None:
+        if after.state.adapter is None or before.state.encoder == after.state.encoder:
+            return
+        told = self._registry.manifest(VersionRef(VersionRef.parse(after.name).version)).metrics.get("adapter")
+        tuned_seq = told.get(TUNED_SEQ, 0) if isinstance(told, dict) else 0  # none of one that was tuned by hand
+        seq = max(self._tuned_seq, tuned_seq - RECENT_EVENTS)
+        while seq < tuned_seq and (events := self._log.read(seq, READ_EVENTS)):
+            reached = [logged for logged in events if logged.seq <= tuned_seq]
+            acked_us = [logged.acked_us for logged in reached if logged.event.kind in INTERACTION_KINDS]
+            self._metrics.observe_freshness("adapter", acked_us, now_us)
+            seq = events[-1].seq
+        self._tuned_seq = max(self._tuned_seq, tuned_seq)
 
     def _time_rows(self, before: Resident, after: Resident, now_us: int) -> None:
         if ITEM_ROWS not in after.state.rows:  # a classical system has none, so they wait for the next that has

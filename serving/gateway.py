@@ -258,7 +258,9 @@ class Gateway:
             "previous": residents.previous.name if residents.previous else None,
             "problems": self._problems(),
             "weights_freshness_ms": self._metrics.recent_freshness("weights"),
-            "freshness_ms": {name: self._metrics.recent_freshness(name) for name in ("state", "row", "dense")},
+            "freshness_ms": {
+                name: self._metrics.recent_freshness(name) for name in ("state", "row", "dense", "adapter")
+            },
             "history": [
                 {"at_us": move.at_us, "version": str(move.ref), "reason": move.reason}
                 for move in self._registry.history()[-HISTORY_SHOWN:]

@@ -22,6 +22,7 @@ FRESHNESS = {
     "weights": "weights that have learned, or passed over, all up to it answer requests",
     "row": "the row of its item that has learned from it answers requests",
     "dense": "dense weights that have learned from it answer requests",
+    "adapter": "an encoder that was tuned with it among the interactions reads texts (of the newest 10,000 of each)",
 }
 """Name of each histogram to what it is the time until, from an event's ack."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.catalogue import Item
+from cluster.events import Event
 from cluster.home import Home
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
@@ -33,14 +34,21 @@ def log(home: Home) -> Iterator[EventLog]:
         yield log
 
 
-def republish(registry: Registry, *, encoder: str, adapter: Adapter | None = None, promote: bool = True) -> VersionRef:
+def republish(
+    registry: Registry,
+    *,
+    encoder: str,
+    adapter: Adapter | None = None,
+    promote: bool = True,
+    metrics: dict[str, object] | None = None,
+) -> VersionRef:
     """Publish version 1 again, as another encoder tells its items."""
     state = read_version(registry, VersionRef(1))
     rows = {**state.rows, TEXT_ROWS: state.rows[TEXT_ROWS].flip(1).contiguous()}
     draft = registry.draft_version()
     history = registry.open_version(1).table("history")
     write_version(draft, replace(state, rows=rows, encoder=encoder, adapter=adapter), history)
-    return draft.publish(offset=0, metrics={}, promote=promote)
+    return draft.publish(offset=0, metrics=metrics or {}, promote=promote)
 
 
 def random_adapter(seed: int) -> Adapter:
@@ -136,3 +144,27 @@ def test_what_one_encoder_has_read_it_is_not_asked_again(versions, log: EventLog
     refresher.follow()
     assert refresher.residents.live.name == str(third)
     assert encode.asked == [1, 2]
+
+
+def test_events_are_timed_until_an_encoder_that_was_tuned_with_them_is_served(versions, log: EventLog) -> None:
+    metrics, encode = Metrics(), SpaceEncoder()
+    log.append([Event(user_id="u0", item_id="i1", kind="like", ts_us=0)])  # before this replica
+    refresher = Refresher(versions.registry, log, LiveCatalogue(log, encode), metrics, poll_interval_s=3600)
+    refresher.load(None)
+    kinds = ("like", "impression", "click", "like")
+    log.append([Event(user_id="u0", item_id="i2", kind=kind, ts_us=0) for kind in kinds])
+
+    def timed() -> float | int | None:
+        refresher.follow()
+        return metrics.recent_freshness("adapter")["events"]
+
+    adapter = random_adapter(1)
+    republish(versions.registry, encoder="tuned by hand", adapter=adapter)
+    assert timed() == 0
+    for _ in range(2):
+        republish(versions.registry, encoder="tuned", adapter=adapter, metrics={"adapter": {"tuned_seq": 4}})
+        assert timed() == 2  # the first like and the click; not what was passed over, nor the last one
+        versions.registry.promote(VersionRef(1))  # back, and forth again: timed once
+        assert timed() == 2
+    republish(versions.registry, encoder="tuned again", adapter=adapter, metrics={"adapter": {"tuned_seq": 5}})
+    assert timed() == 3

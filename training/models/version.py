@@ -45,6 +45,8 @@ ROOT = "trained_version"
 EVENTS, SET_ASIDE = "events_total", "set_aside_total"
 """Metrics of all that the online trainer publishes: events applied so far, and how many of these the guard or a
 rollback has undone."""
+TUNED_SEQ = "tuned_seq"
+"""Among the metrics `adapter` of a version whose encoder was tuned while it served: the newest event it has read."""
 ITEMS_FILE, USERS_FILE, RECIPE_FILE = "items.parquet", "users.parquet", "recipe.toml"
 TEXT_FILE, DENSE_FILE, SYSTEM_FILE = "text.safetensors", "dense.safetensors", "system.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -41,7 +41,7 @@ from training.encoder.inputs import FinetuneInputs, lay_out, split_cold
 from training.encoder.learner import TUNE, EncoderLearner, Progress, choice_ranks
 from training.encoder.tuned import TunedEncoder
 from training.evaluation.metrics import difference_interval, ndcg_at_k
-from training.models.version import COUNT_ROWS, VersionState, find_set_aside, read_version
+from training.models.version import COUNT_ROWS, TUNED_SEQ, VersionState, find_set_aside, read_version
 from training.online.exclusions import Exclusions
 from training.online.migration import bridge
 from training.stream import build_history
@@ -149,11 +149,13 @@ def propose(registry: Registry, log: EventLog, recipe: Recipe, cache: Path | Non
     started_s = time.monotonic()
     state = read_version(registry, registry.current())
     present = TextEncoder(state.recipe.section(EncoderConfig), cache, state.adapter)
+    tuned_seq = log.head_seq()
     events = read_interactions(registry, log, state)
     users = events["user_id"].unique().to_pylist()
     history = build_history(events, Vocabulary(state.item_ids, len(state.item_ids)), Vocabulary(users, len(users)))
     inputs = split_cold(state.item_texts, history, finetune, where="the log")
     metrics: dict[str, object] = {"events": len(events), "targets": len(inputs.validation), "base": present.fingerprint}
+    metrics[TUNED_SEQ] = tuned_seq
 
     def refuse(reason: str) -> Proposal:
         return _proposal(state, present, None, np.empty((0, 0), np.float32), np.zeros(0, bool), reason, metrics)
