@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from cluster.config import EngineConfig, Recipe
 from cluster.engine import open_log, open_registry
@@ -41,12 +42,22 @@ from training.encoder.inputs import FinetuneInputs, lay_out, split_cold
 from training.encoder.learner import TUNE, EncoderLearner, Progress, choice_ranks
 from training.encoder.tuned import TunedEncoder
 from training.evaluation.metrics import difference_interval, ndcg_at_k
-from training.models.version import COUNT_ROWS, TUNED_SEQ, VersionState, find_set_aside, read_version
+from training.models.version import (
+    COUNT_ROWS,
+    TEXT_ROWS,
+    TUNED_SEQ,
+    Draft,
+    VersionState,
+    find_set_aside,
+    read_version,
+)
 from training.online.exclusions import Exclusions
 from training.online.migration import bridge
 from training.stream import build_history
 
 PROPOSAL_FILE, VECTORS_FILE = "proposal.json", "vectors.npy"
+BRIDGED = "bridged"
+"""File of a version some of whose text vectors are a bridge's: their rows."""
 READ_EVENTS = 10_000
 NICENESS = 15
 
@@ -261,12 +272,27 @@ def hottest(item_row_N: np.ndarray, state: VersionState, wanted: int) -> np.ndar
     return chosen
 
 
+def write_bridged(draft: Draft, rows: Sequence[int]) -> None:
+    """State in a version which items' vectors are a bridge's."""
+    if rows:
+        draft.add_tensors(BRIDGED, {"row": torch.tensor(rows)})
+
+
+def read_bridged(registry: Registry, ref: VersionRef) -> list[int]:
+    """Return which items' vectors are still a bridge's, hottest first: less those that deltas have told anew."""
+    reader = registry.open_version(ref.version)
+    if f"{BRIDGED}.safetensors" not in reader.manifest.files:
+        return []
+    told: set[int] = set()
+    for number in range(1, ref.delta + 1):
+        told.update(registry.open_delta(ref.version, number).tensors("rows")[f"{TEXT_ROWS}.index"].tolist())
+    return [row for row in reader.tensors(BRIDGED)["row"].tolist() if row not in told]
+
+
 class AdapterTrainer:
     """The process that proposes: a Ray actor, asked by the online trainer when it is time."""
 
     def __init__(self, recipe_toml: str, home: Home) -> None:
-        import torch
-
         os.nice(NICENESS)
         torch.set_num_threads(1)
         self._recipe, self._home = Recipe.from_toml(recipe_toml), home

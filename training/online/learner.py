@@ -51,7 +51,7 @@ from training.models.version import (
     write_delta,
     write_version,
 )
-from training.online.adapter import Proposal
+from training.online.adapter import Proposal, read_bridged, write_bridged
 from training.online.admission import Intake
 from training.online.drift import DriftConfig, DriftDetector
 from training.online.exclusions import Exclusions
@@ -228,7 +228,7 @@ class OnlineLearner:
         self._rehearsed = np.setdiff1d(np.arange(len(self._rehearsal)), self._rehearsal.starts)
         self._rng = np.random.default_rng((self.config.seed, self.applied_seq))
         self._item_seq = 0
-        self._bridged: list[int] = []
+        self._bridged = read_bridged(self.registry, ref)
         """Rows of items whose vectors are a bridge's, hottest first."""
         self._redescribed = False
         metrics = self.registry.manifest(ref).metrics
@@ -392,13 +392,13 @@ class OnlineLearner:
         coverage = 1 - len(bridged) / max(len(text_IE), 1)
         told = proposal.metrics | {"items_moved": moved, "coverage": coverage, "bridged": len(bridged)}
         before = self.ref
+        self._bridged = sorted(bridged, key=lambda row: -int(state.rows[COUNT_ROWS][row]))
         self._publish_version({"adapter": told, "encoder_before": proposal.before}, state=state)
         if self.registry.current() != self.ref:
             self._follow_pointer(self.registry.current(), took_up=True)
             return None
         logger.info("%s: the encoder is %s, it was %s to %s", self.ref, state.encoder, proposal.before, before)
         self._take_up(self.ref)
-        self._bridged = bridged
         return self.ref
 
     def encode_bridged(self, most: int) -> int:
@@ -426,6 +426,7 @@ class OnlineLearner:
         draft = self.registry.draft_version()
         write_version(draft, state, self.history_table)
         self.impressions.write_open(draft)
+        write_bridged(draft, self._bridged)
         totals = {EVENTS: self.events_total, SET_ASIDE: self.set_aside_total, ROOT: self._root(self.ref)}
         totals |= {"workers": self.workers.count, ENCODER: state.encoder}
         self.ref = draft.publish(
