@@ -30,8 +30,8 @@ class FinetuneConfig:
     dropout: float = 0.1
     """In the layers that learn, and before lora's additions."""
     objective: str = "next_item"
-    """next_item: history retrieves the next item among the batch's and hard negatives; sequence: the likelihood of each
-    user's sequence over the whole catalogue; click: chosen or drawn, by cross entropy; rating_mse, rating_mae,
+    """next_item: history retrieves the next item, among all or among the batch's and hard negatives; sequence: the
+    likelihood of each user's sequence over the whole catalogue; click: chosen or drawn, by cross entropy; rating_mse, rating_mae,
     rating_classes: stars, as a number or as classes."""
     dim: int = 128
     """Of the head's user and item vectors."""
@@ -52,11 +52,15 @@ class FinetuneConfig:
     batch_items: int = 192
     """Distinct items a step and worker, each encoded once however many interactions have it."""
     item_power: float = 0.0
-    """Items are drawn into a batch with probability ∝ count^power; logits are corrected by its logarithm."""
+    """Items are drawn into a batch with probability ∝ count^power; logits are corrected by the logarithm of their odds
+    of being in it."""
     batch_targets: int = 1024
     """Interactions with these items a step and worker."""
+    whole_items: int = 8192
+    """Catalogues of so many items are scored whole: those outside the batch as they were last encoded. A full softmax,
+    with no odds to correct and no need of hard negatives."""
     hard_negatives: int = 32
-    """Items of the catalogue a step that score high and were not chosen, encoded beside the batch's."""
+    """Of a larger catalogue, items a step that score high and were not chosen, encoded beside the batch's."""
     accumulate: int = 1
     """Batches whose gradients one step adds up."""
     checkpointing: bool = False
@@ -87,7 +91,15 @@ class FinetuneConfig:
         for name in ("alpha", "learning_rate", "head_learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be above 0")
-        for name in ("hard_negatives", "warmup_steps", "weight_decay", "cache_gib", "seed", "item_power"):
+        for name in (
+            "whole_items",
+            "hard_negatives",
+            "warmup_steps",
+            "weight_decay",
+            "cache_gib",
+            "seed",
+            "item_power",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be 0 or more")
         for name in ("validation_fraction", "cold_items"):

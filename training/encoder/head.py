@@ -30,7 +30,7 @@ class Candidates(NamedTuple):
 
     vector_NE: torch.Tensor
     log_q_N: torch.Tensor
-    """Log of the odds by which each was drawn."""
+    """Log of the odds of each to be among them."""
 
 
 class TasteHead(nn.Module):

@@ -39,6 +39,7 @@ class StepDraw:
     rows_N: np.ndarray
     """Items to encode, each once."""
     log_q_N: np.ndarray
+    """Log of the odds of each to be among them."""
     targets: Targets
     """With `item_P` as places in `rows_N`."""
 
@@ -155,9 +156,5 @@ class TargetSampler:
             item_P=np.searchsorted(rows, laid_out.item_P),
             stars_P=laid_out.stars_P,
         )
-        return StepDraw(rows_N=rows, log_q_N=self.log_q(rows), targets=targets)
-
-    def log_q(self, rows_N: np.ndarray) -> np.ndarray:
-        """Return the log of the odds by which items are drawn; that of the rarest for those that never are."""
-        known_N = rows_N < len(self._log_q)
-        return np.where(known_N, self._log_q[np.where(known_N, rows_N, 0)], self._log_q.min()).astype(np.float32)
+        log_q_N = np.minimum(np.log(wanted) + self._log_q[rows], 0.0).astype(np.float32)
+        return StepDraw(rows_N=rows, log_q_N=log_q_N, targets=targets)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.encoder.config import RATING_OBJECTIVES, SEQUENCE, FinetuneConfig
+from training.encoder.config import NEXT_ITEM, RATING_OBJECTIVES, SEQUENCE, FinetuneConfig
 from training.encoder.head import Candidates, TasteHead, expected_stars
 from training.encoder.inputs import FinetuneInputs, StepDraw, Targets, TargetSampler, lay_out
 from training.encoder.tuned import TunedEncoder
@@ -186,18 +186,22 @@ class EncoderLearner:
     def _loss(self, draw: StepDraw, *, tune: bool) -> torch.Tensor:
         """Return a draw's loss: its items are encoded, once each; all others are as the memory has them."""
         history_PL = torch.from_numpy(draw.targets.history_PL)
-        hard_H = self._hard_negatives(draw, history_PL) if self.config.hard_negatives else np.empty(0, np.int64)
-        rows_N = np.concatenate([draw.rows_N, hard_H])
-        place_N = torch.from_numpy(rows_N)
-        vector_NE = self.tuned(rows_N) if tune else self.memory_IE[place_N]
+        objective, met = self.config.objective, self.sampler.items
+        whole = objective == SEQUENCE or (objective == NEXT_ITEM and len(met) <= self.config.whole_items)
+        hard_H = np.empty(0, np.int64)
+        if not whole and self.config.hard_negatives and objective not in RATING_OBJECTIVES:
+            hard_H = self._hard_negatives(draw, history_PL)
+        place_N = torch.from_numpy(np.concatenate([draw.rows_N, hard_H]))
+        vector_NE = self.tuned(place_N.numpy()) if tune else self.memory_IE[place_N]
         memory_IE = self.memory_IE.index_copy(0, place_N, vector_NE)
         self.memory_IE = memory_IE.detach()
-        log_q_N = torch.from_numpy(np.concatenate([draw.log_q_N, self.sampler.log_q(hard_H)]))
         target_P = torch.from_numpy(draw.targets.item_P)
-        if self.config.objective == SEQUENCE:  # over all that training has met: a likelihood, with nothing to correct
-            met_M = torch.from_numpy(self.sampler.items)
+        # A hard negative is there for certain: log 1.
+        log_q_N = torch.from_numpy(np.concatenate([draw.log_q_N, np.zeros(len(hard_H), np.float32)]))
+        if whole:
+            met_M = torch.from_numpy(met)
             target_P = torch.searchsorted(met_M, place_N[target_P])
-            vector_NE, log_q_N = memory_IE[met_M], torch.zeros(len(met_M))
+            vector_NE, log_q_N = memory_IE[met_M], torch.zeros(len(met))
         user_PD = self.head.users(memory_IE, history_PL)
         stars_P = torch.from_numpy(draw.targets.stars_P)
         return self.head.loss(user_PD, target_P, stars_P, Candidates(vector_NE, log_q_N))
@@ -205,8 +209,6 @@ class EncoderLearner:
     @torch.no_grad()
     def _hard_negatives(self, draw: StepDraw, history_PL: torch.Tensor) -> np.ndarray:
         """Return items outside the draw that its users are thought most likely to choose; none that is held out."""
-        if self.config.objective in (SEQUENCE, *RATING_OBJECTIVES):
-            return np.empty(0, np.int64)
         others = np.setdiff1d(self.sampler.items, draw.rows_N)
         user_PD = self.head.users(self.memory_IE, history_PL[:HARD_OF])
         share_N = self.head.scores(user_PD, self.memory_IE[torch.from_numpy(others)]).softmax(1).sum(0)

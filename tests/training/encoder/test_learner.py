@@ -33,6 +33,7 @@ CONFIG = FinetuneConfig(
     hard_negatives=2,
     learning_rate=0.01,
     warmup_steps=1,
+    whole_items=0,
     validation_fraction=0.3,
     cold_items=0.2,
 )
@@ -129,6 +130,20 @@ def test_fine_tuning_goes_on_from_an_adapter_and_from_no_other_shape(
         TunedEncoder(further, replace(CONFIG, rank=3), inputs.texts)
 
 
+def test_a_small_catalogue_is_scored_whole_and_large_ones_come_near_it(
+    encoder: TextEncoder, inputs: FinetuneInputs
+) -> None:
+    losses = {}
+    for whole_items, hard in ((100, 0), (0, 2)):
+        config = replace(CONFIG, whole_items=whole_items, hard_negatives=hard, batch_items=12)
+        learner = EncoderLearner(TunedEncoder(encoder, config, inputs.texts), inputs, config)
+        draws = [learner.sampler.draw(np.random.default_rng(n)) for n in range(20)]
+        losses[whole_items] = np.mean([float(learner._loss(draw, tune=False).detach()) for draw in draws])
+    assert losses[100] == pytest.approx(np.log(24), rel=0.05)  # of 24 items that nothing tells apart yet
+    # The odds make good for what was not drawn; the chosen one's, a half here, are taken off as well.
+    assert losses[0] + np.log(2) == pytest.approx(losses[100], rel=0.05)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns(encoder: TextEncoder, inputs: FinetuneInputs, objective: str) -> None:
     config = replace(CONFIG, objective=objective)
@@ -182,7 +197,8 @@ def test_a_draw_has_each_item_once_and_only_targets_among_them(inputs: FinetuneI
     assert len(set(draw.rows_N.tolist())) == len(draw.rows_N) == 8
     assert draw.targets.item_P.max() < 8
     counts = np.bincount(inputs.train.item_row[inputs.train_targets()], minlength=30)
-    np.testing.assert_allclose(np.exp(draw.log_q_N), counts[draw.rows_N] / counts.sum(), rtol=1e-5)
+    odds = np.minimum(8 * counts[draw.rows_N] / counts.sum(), 1)
+    np.testing.assert_allclose(np.exp(draw.log_q_N), odds, rtol=1e-5)
 
 
 def test_an_items_odds_of_being_drawn_are_taken_off_its_logit() -> None:
