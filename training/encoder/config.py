@@ -31,8 +31,8 @@ class FinetuneConfig:
     """In the layers that learn, and before lora's additions."""
     objective: str = "next_item"
     """next_item: history retrieves the next item, among all or among the batch's and hard negatives; sequence: the
-    likelihood of each user's sequence over the whole catalogue; click: chosen or drawn, by cross entropy; rating_mse, rating_mae,
-    rating_classes: stars, as a number or as classes."""
+    likelihood of each user's sequence over the whole catalogue; click: chosen or drawn, by cross entropy; rating_mse,
+    rating_mae, rating_classes: stars, as a number or as classes."""
     dim: int = 128
     """Of the head's user and item vectors."""
     max_history: int = 20
