@@ -6,9 +6,9 @@ In:  a prepared dataset whose items have categories and text. A third of the use
 Out: NDCG@10 and Hit@10 on the second half of each held-out user's interactions, all items ranked, of
 - the popular list;
 - interests, with no history: the three categories that stand out among what the user liked in the first half, in plain
-  words, in each of the forms tried: `as history` is what serving does, `as one item` has the text alone stand for one
-  item that the user had, `by text` ranks by likeness to the text, `text and popular` adds up the two;
-- the first half as a history, with interests at its head and without, each for the newest 1, 5 and all of it;
+  words, in each of the forms tried: `as one item, and popular` is what serving does, `as history` has the popular ones
+  among matching items stand for a history, `by text` ranks by likeness to the text, `text and popular` adds up the two;
+- the newest 1, 5 and all interactions of the first half as a history, without interests, with, and `as history`;
 and, with a category that the user never had stated as disliked, how many of the ten items shown have it.
 Bound by what three words tell of a person: the last rows say how far a history is from there. `--home` keeps what was
 trained for another run.
@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from benchmarks.harness import build_check, build_parser, print_result
 from cluster.config import load_recipe
@@ -36,15 +35,15 @@ from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from serving.interests import split_clauses
 from training.evaluation.metrics import difference_interval
-from training.models.interests import Interests
+from training.models.interests import Interests, match_items
 from training.models.served import ServedModel
-from training.models.two_stage import TEXT_SCALE
 from training.publish import publish_run
 from training.trainer import train_on_ray
 
 SHOWN = 10
 HELD_OUT = 3
 """One of so many users."""
+HISTORIES = (1, 5, 100)
 SAID = 3
 """Categories that a user states."""
 SMOOTHING = 0.02
@@ -87,11 +86,12 @@ def main() -> None:
         avoided = _avoided(model, dataset, people, encoder)
     results: Json = {"people": len(people), "avoided": avoided, "ndcg_at_10": {}}
     for name, gain_N in gains.items():
-        better = difference_interval(gain_N, gains["popular"], seed=0, groups_N=np.arange(len(gain_N)))
-        told = {"mean": float(gain_N.mean()), "over_popular": better.mean, "ci95": [better.low, better.high]}
+        base = name.partition(",")[0] if name.startswith("history") else "popular"
+        better = difference_interval(gain_N, gains[base], seed=0, groups_N=np.arange(len(gain_N)))
+        told = {"mean": float(gain_N.mean()), "over": base, "gain": better.mean, "ci95": [better.low, better.high]}
         results["ndcg_at_10"][name] = told
-        print(f"{name:36} {told['mean']:.4f}  over popular {better.mean:+.4f} [{better.low:+.4f}, {better.high:+.4f}]")
-    served = results["ndcg_at_10"]["as history"]
+        print(f"{name:32} {told['mean']:.4f}  over {base}: {better.mean:+.4f} [{better.low:+.4f}, {better.high:+.4f}]")
+    served = results["ndcg_at_10"]["as one item, and popular"]
     checks = [
         build_check("interests over popular, ndcg_at_10", served["mean"] / gains["popular"].mean(), ">1"),
         build_check("its 95% interval's lower end", served["ci95"][0], ">0"),
@@ -184,48 +184,34 @@ Form = Callable[[Person, Interests], list[str]]
 
 
 def _forms(model: ServedModel) -> dict[str, Form]:
-    def as_history(interests: Interests, after: Sequence[Interaction] = ()) -> list[str]:
-        ts_us = after[0].ts_us if after else 0
-        told = [Interaction(item_id, "click", None, ts_us, 0) for item_id in model.matching(interests)]
-        newest = after[max(len(after) + len(told) - model.max_history, 0) :]
-        return model.recommend("", [*told, *newest], SHOWN, frozenset(e.item_id for e in after)).item_ids
+    def told(interests: Interests | None, after: Sequence[Interaction] = ()) -> list[str]:
+        return model.recommend("", after, SHOWN, frozenset(e.item_id for e in after), interests).item_ids
 
-    def as_one_item(interests: Interests) -> list[str]:
-        with torch.inference_mode():
-            item_D = TEXT_SCALE * model.dense.project(torch.from_numpy(np.array(interests.liked_E)))
-            user_D = model.dense.user_vectors(
-                item_D[None, None],
-                torch.zeros(1, 1, dtype=torch.long),
-                torch.full((1, 1), torch.nan),
-                torch.zeros(1, 1, dtype=torch.long),
-                torch.ones(1, 1, dtype=torch.bool),
-                torch.zeros(1, len(item_D)),
-            )[0, -1]
-            best_K = (model.item_ID @ user_D).topk(model.dense.config.candidates).indices
-            shown_K = best_K[model.order(user_D, model.item_ID[best_K]).argsort(descending=True)[:SHOWN]]
-        return [model.item_ids[row] for row in shown_K.tolist()]
+    def as_history(interests: Interests, after: Sequence[Interaction] = ()) -> list[str]:
+        rows = match_items(interests, model.text_IE.numpy(), model.popularity_I)
+        had = [Interaction(model.item_ids[row], "like", None, after[0].ts_us if after else 0, 0) for row in rows]
+        newest = after[max(len(after) + len(had) - model.max_history, 0) :]
+        return model.recommend("", [*had, *newest], SHOWN, frozenset(e.item_id for e in after)).item_ids
 
     def by_text(interests: Interests, popular: float) -> list[str]:
         fit_I = model.text_IE.numpy() @ np.array(interests.liked_E)
         score_I = fit_I / fit_I.std() + popular * model.popularity_I / model.popularity_I.std()
         return [model.item_ids[row] for row in np.argsort(-score_I, kind="stable")[:SHOWN]]
 
-    def after(history: Sequence[Interaction]) -> list[str]:
-        return model.recommend("", history, SHOWN, frozenset(e.item_id for e in history)).item_ids
-
-    return {
-        "popular": lambda person, told: model.recommend("", [], SHOWN).item_ids,
-        "as history": lambda person, told: as_history(told),
-        "as one item": lambda person, told: as_one_item(told),
-        "by text": lambda person, told: by_text(told, 0.0),
-        "text and popular": lambda person, told: by_text(told, 5.0),
-        "history of 1": lambda person, told: after(person.history[-1:]),
-        "history of 1, interests": lambda person, told: as_history(told, person.history[-1:]),
-        "history of 5": lambda person, told: after(person.history[-5:]),
-        "history of 5, interests": lambda person, told: as_history(told, person.history[-5:]),
-        "history": lambda person, told: after(person.history),
-        "history, interests": lambda person, told: as_history(told, person.history),
+    forms: dict[str, Form] = {
+        "popular": lambda person, said: told(None),
+        "as one item, and popular": lambda person, said: told(said),
+        "as history": lambda person, said: as_history(said),
+        "by text": lambda person, said: by_text(said, 0.0),
+        "text and popular": lambda person, said: by_text(said, 5.0),
     }
+    for count in HISTORIES:
+        forms |= {
+            f"history of {count}": lambda person, said, n=count: told(None, person.history[-n:]),
+            f"history of {count}, interests": lambda person, said, n=count: told(said, person.history[-n:]),
+            f"history of {count}, as history": lambda person, said, n=count: as_history(said, person.history[-n:]),
+        }
+    return forms
 
 
 def _gain(shown: Sequence[str], person: Person) -> float:
@@ -244,8 +230,7 @@ def _avoided(model: ServedModel, dataset: Dataset, people: Sequence[Person], enc
             continue
         for name, said in (("stated", f"{person.said}, no {_word(person.unsaid)}"), ("not_stated", person.said)):
             interests = _read(said, encoder)
-            history = [Interaction(item_id, "click", None, 0, 0) for item_id in model.matching(interests)]
-            shown = model.bury(model.recommend("", history, 100), interests).item_ids[:SHOWN]
+            shown = model.bury(model.recommend("", (), 100, frozenset(), interests), interests).item_ids[:SHOWN]
             having[name].append(float(np.mean([person.unsaid in categories[item_id] for item_id in shown])))
     return {name: float(np.mean(values)) for name, values in having.items()}
 

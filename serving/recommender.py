@@ -4,7 +4,6 @@ In:  a `Query`.  Out: a `Recommendation` that names the one version it came from
 Knows nothing of HTTP or of how versions arrive. Blocks on the log and on torch: call it off the event loop.
 """
 
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -91,22 +90,23 @@ class Recommender:
         bound = None if arm.sees_live_state else FIRST_LIVE_SEQ
         state = self._log.user_state(query.user_id, model.max_history, before_seq=bound)
 
-        history, stated = state.history, query.stated
-        if stated is not None:
-            history, stated = _with_interests(model, history, stated)
+        history, stated = state.history, query.stated and _usable(model, query.stated)
+        interests = stated.interests if stated is not None else None
         unranked: list[tuple[str, str]] = []
         if query.only is not None:
             unranked = leave_out(model, query, residents.unavailable)
             kept = set(query.only).difference(item_id for item_id, _ in unranked)
-            candidates = model.rank(query.user_id, history, [item_id for item_id in query.only if item_id in kept])
+            candidates = model.rank(
+                query.user_id, history, [item_id for item_id in query.only if item_id in kept], interests
+            )
         else:
             owned = self._log.seen_items(query.user_id)  # all: nobody is offered what they have, whatever the arm
             exclude = owned | query.exclude | residents.unavailable
-            candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude)
+            candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude, interests)
             if query.boost:
                 candidates = _with_boosted(model, query, history, candidates, exclude)
-        if stated is not None and stated.interests is not None:
-            candidates = model.bury(candidates, stated.interests)
+        if interests is not None:
+            candidates = model.bury(candidates, interests)
         if query.boost or query.bury:
             candidates = _apply_rules(candidates, query)
         slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
@@ -162,19 +162,11 @@ def _apply_rules(candidates: Candidates, query: Query) -> Candidates:
     return replace(candidates, item_ids=item_ids, scores=candidates.scores[order])
 
 
-def _with_interests(
-    model: Resident, history: Sequence[Interaction], stated: Stated
-) -> tuple[Sequence[Interaction], Stated]:
-    """Return the history with what stands for the interests before it, and the interests as far as they are used."""
+def _usable(model: Resident, stated: Stated) -> Stated:
+    """Return the interests as far as the model can use them."""
     if stated.interests is None:
-        return history, stated
+        return stated
     made_by = model.state.encoder  # of a version that does not state it, the recipe must do
     if stated.encoder != made_by if made_by else model.state.recipe.section(EncoderConfig) != stated.config:
-        return history, replace(stated, interests=None, fallback="encoder_mismatch")
-    matching = model.matching(stated.interests)
-    if not matching:
-        return history, replace(stated, interests=None, fallback="no_text")
-    ts_us = history[0].ts_us if history else time.time_ns() // 1_000
-    told = [Interaction(item_id, "click", None, ts_us, 0) for item_id in matching]
-    newest = max(len(history) + len(told) - model.max_history, 0)
-    return [*told, *history[newest:]], stated
+        return replace(stated, interests=None, fallback="encoder_mismatch")
+    return stated if model.has_texts else replace(stated, interests=None, fallback="no_text")

@@ -25,6 +25,7 @@ from training.classical import fit_system
 from training.inputs import training_events
 from training.models.classical import ServedClassical, build_resident, load_resident
 from training.models.compare import compare_versions
+from training.models.interests import Interests
 from training.models.served import ServedModel
 from training.models.version import read_version
 from training.publish import publish_run, run
@@ -141,6 +142,17 @@ def test_who_has_nothing_gets_what_is_popular(model):
         found = model.recommend(user_id, told, ITEMS)
         assert found.cold_start
         assert (np.diff([counts[item_id] for item_id in found.item_ids]) <= 0).all()
+
+
+def test_candidates_are_ranked_as_they_are_recommended_and_interests_have_a_part(model):
+    for told in ([], history(2, 4)):
+        found = model.recommend("u1", told, ITEMS)
+        assert model.rank("u1", told, model.item_ids[: model.item_count]).scores.tolist() == found.scores.tolist()
+    liked_E = model.text_IE[1].numpy()
+    interests = Interests(liked_E=liked_E, disliked_NE=np.empty((0, len(liked_E)), np.float32))
+    said = model.recommend("a stranger", [], ITEMS, interests=interests)
+    assert (said.cold_start, len(said.item_ids)) == (False, model.item_count)
+    assert said.item_ids == model.rank("a stranger", [], model.item_ids[: model.item_count], interests).item_ids
 
 
 def test_unknown_items_of_the_history_are_as_if_they_had_not_been(model):

@@ -19,7 +19,9 @@ import torch
 
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionRef
+from training.models.blend import blended
 from training.models.fitted import FittedSystem
+from training.models.interests import Interests, match_items, weigh
 from training.models.resident import (
     Candidates,
     Catalogue,
@@ -79,20 +81,47 @@ class ServedClassical(Catalogue):
         return self.classical.max_history
 
     def recommend(
-        self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
+        self,
+        user_id: str,
+        history: Sequence[Interaction],
+        k: int,
+        exclude: frozenset[str] = frozenset(),
+        interests: Interests | None = None,
     ) -> Candidates:
         """Return up to `k` items, best first, without those excluded."""
         known = self._rows([entry.item_id for entry in history])
         excluded = self._rows(exclude)
+        interest_I = None if interests is None else self.interest_scores(interests)
         if not known:
-            return self.popular(k, excluded)
-        return self.best(self.classical.scores(known, self.user_row.get(user_id)), k, excluded, cold_start=False)
+            return self.popular(k, excluded, interest_I)
+        return self.best(self._scores(user_id, known, interest_I), k, excluded, cold_start=False)
 
-    def rank(self, user_id: str, history: Sequence[Interaction], item_ids: Sequence[str]) -> Candidates:
+    def rank(
+        self,
+        user_id: str,
+        history: Sequence[Interaction],
+        item_ids: Sequence[str],
+        interests: Interests | None = None,
+    ) -> Candidates:
         """Return these items, each of which it can rank, best first."""
         rows, known = self._rows(item_ids), self._rows([entry.item_id for entry in history])
-        scores_I = self.classical.scores(known, self.user_row.get(user_id)) if known else self.popularity_I
-        return self.sorted_by(item_ids, scores_I[rows], cold_start=not known)
+        interest_I = None if interests is None else self.interest_scores(interests)
+        if known:
+            scores_I = self._scores(user_id, known, interest_I)
+        else:
+            scores_I = self.popularity_I if interest_I is None else self.told(interest_I)
+        return self.sorted_by(item_ids, scores_I[rows], cold_start=not known and interest_I is None)
+
+    def interest_scores(self, interests: Interests) -> torch.Tensor:
+        """Return what interests say of each item [I]: what it is to someone who has the popular ones that match."""
+        matching = match_items(interests, self.text_IE[: self.item_count].numpy(), self.popularity_I)
+        return torch.from_numpy(self.classical.scores(matching.tolist(), None).astype(np.float32))
+
+    def _scores(self, user_id: str, known: Sequence[int], interest_I: torch.Tensor | None) -> np.ndarray:
+        scores_I = self.classical.scores(known, self.user_row.get(user_id))
+        if interest_I is None:
+            return scores_I
+        return blended(torch.from_numpy(scores_I), interest_I, weigh(len(known))).numpy()
 
     @cached_property
     def unit_vectors(self) -> torch.Tensor:

@@ -1,22 +1,26 @@
-"""Stated interests: what a person says they like stands at the head of their history, as items they might have had.
+"""Stated interests: how much they weigh beside what a user did, and what they are to a system without a text tower.
 
-In:  vectors of what is said, a catalogue's text vectors and popularity.  Out: items that match; candidates, with what
-is like the disliked behind the others.
-Knows nothing of models: whatever recommends after a history recommends after this one. Nor of language: the vectors of
-what is liked and of what is not come apart (serving/interests.py).
+In:  vectors of what is said, a catalogue's text vectors and popularity.  Out: weights, matching items, what is buried.
+Knows nothing of models or of language: the vectors of what is liked and of what is not come apart
+(serving/interests.py).
 
-A language model knows what a text is about, not what those who like it watch: items nearest to "crime, no gore" in the
-text's own space are worse than what is popular. The popular ones among them are what the history of somebody with that
-interest looks like, and the model takes it from there (benchmarks/interests.py has the figures).
+A language model knows what a text is about, not what those who like it watch: items nearest to the text are worse than
+what is popular. So the two-stage model takes what is said as the text of one item that the user had (served.py), and a
+classical system takes the popular ones among the items that match as the user's history (classical.py). Their scores
+are added to those of popularity, or of the history: of which one interaction says more than three words, so that the
+weight falls with each (benchmarks/interests.py has the figures).
 
 Shapes: I items, K candidates, N things disliked, E encoder dimension.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+WEIGHT = 0.5
+"""Of interests against popularity, both over the catalogue's spread; with n interactions it is divided by 1 + n."""
 MATCHES = 10
 """Items that stand for the interests."""
 MATCH_WEIGHT = 0.5
@@ -37,15 +41,23 @@ class Interests:
     """One a thing disliked."""
 
 
+def weigh(interactions: int) -> float:
+    """Return the weight of interests beside so many interactions."""
+    return WEIGHT / (1 + interactions)
+
+
 def match_items(interests: Interests, text_IE: Vectors, popularity_I: Vectors) -> npt.NDArray[np.int64]:
     """Return the items that stand for the interests, the best last, as in a history."""
-    fit_I = np.zeros(len(text_IE), np.float32)
-    if interests.liked_E is not None:
-        fit_I += _standardised(text_IE @ interests.liked_E)
-    for disliked_E in interests.disliked_NE:
-        fit_I -= _standardised(text_IE @ disliked_E)
+    liked_I = text_IE @ interests.liked_E if interests.liked_E is not None else None
+    fit_I = combine(liked_I, [text_IE @ disliked_E for disliked_E in interests.disliked_NE])
     score_I = _standardised(popularity_I) + MATCH_WEIGHT * fit_I
     return np.argsort(-score_I, kind="stable")[:MATCHES][::-1]
+
+
+def combine(liked_I: Vectors | None, disliked: Sequence[Vectors]) -> Vectors:
+    """Return what is scored for what is liked less what is scored for what is not, each over its spread."""
+    parts = [*([_standardised(liked_I)] if liked_I is not None else []), *(-_standardised(one_I) for one_I in disliked)]
+    return np.sum(parts, axis=0, dtype=np.float32)
 
 
 def is_buried(interests: Interests, text_KE: Vectors, text_IE: Vectors) -> npt.NDArray[np.bool_]:

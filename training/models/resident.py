@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from cluster.log import Interaction
+from training.models.blend import blended
 from training.models.fitted import FittedSystem
-from training.models.interests import Interests, is_buried, match_items
+from training.models.interests import Interests, is_buried, weigh
 from training.models.version import TEXT_ROWS, VersionState
 
 WITH_TEXT = 100
@@ -89,7 +90,12 @@ class Resident(Protocol):
         ...
 
     def recommend(
-        self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
+        self,
+        user_id: str,
+        history: Sequence[Interaction],
+        k: int,
+        exclude: frozenset[str] = frozenset(),
+        interests: Interests | None = None,
     ) -> Candidates:
         """Return up to `k` items, best first, without those excluded."""
         ...
@@ -98,12 +104,19 @@ class Resident(Protocol):
         """Whether it has a score for the item."""
         ...
 
-    def rank(self, user_id: str, history: Sequence[Interaction], item_ids: Sequence[str]) -> Candidates:
+    def rank(
+        self,
+        user_id: str,
+        history: Sequence[Interaction],
+        item_ids: Sequence[str],
+        interests: Interests | None = None,
+    ) -> Candidates:
         """Return these items, each of which it can rank, best first."""
         ...
 
-    def matching(self, interests: Interests) -> list[str]:
-        """Return the items that stand for stated interests, the best last; none where items have no text."""
+    @property
+    def has_texts(self) -> bool:
+        """Whether its items have texts, which interests are compared to."""
         ...
 
     def bury(self, candidates: Candidates, interests: Interests) -> Candidates:
@@ -177,16 +190,19 @@ class Catalogue:
         index = self.index_of.get(item_id)
         return self.state.item_texts[index] if index is not None else None
 
-    def popular(self, k: int, excluded: Sequence[int]) -> Candidates:
-        """Return what a user of whom nothing is known is shown."""
-        return self.best(self.popularity_I.copy(), k, excluded, cold_start=True)
+    def popular(self, k: int, excluded: Sequence[int], interest_I: torch.Tensor | None = None) -> Candidates:
+        """Return what a user without history is shown: what is popular, with what interests say of each item [I]."""
+        scores_I = self.popularity_I.copy() if interest_I is None else self.told(interest_I)
+        return self.best(scores_I, k, excluded, cold_start=interest_I is None)
 
-    def matching(self, interests: Interests) -> list[str]:
-        """Return the items that stand for stated interests, the best last; none where items have no text."""
-        text_IE = self.text_IE[: self.item_count].numpy()
-        if not text_IE.size or not text_IE[:WITH_TEXT].any():
-            return []
-        return [self.item_ids[row] for row in match_items(interests, text_IE, self.popularity_I)]
+    def told(self, interest_I: torch.Tensor) -> np.ndarray:
+        """Return the score of each item for a user of whom interests alone are known."""
+        return blended(torch.from_numpy(self.popularity_I), interest_I, weigh(0)).numpy()
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether its items have texts, which interests are compared to."""
+        return bool(self.text_IE[:WITH_TEXT].any())
 
     def bury(self, candidates: Candidates, interests: Interests) -> Candidates:
         """Return the candidates with those most like something disliked behind the others."""

@@ -28,6 +28,7 @@ from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
 from training.baselines.config import SystemConfig
 from training.models.blend import blended
+from training.models.interests import Interests, combine, weigh
 from training.models.resident import (
     Candidates,
     Catalogue,
@@ -39,7 +40,7 @@ from training.models.resident import (
     restore_classical,
 )
 from training.models.seen import seen_correction
-from training.models.two_stage import ModelConfig, TwoStage
+from training.models.two_stage import TEXT_SCALE, ModelConfig, TwoStage
 from training.models.version import (
     COUNT_ROWS,
     ITEM_ROWS,
@@ -129,40 +130,78 @@ class ServedModel(Catalogue):
         return torch.nn.functional.normalize(self.item_ID, dim=1)
 
     def recommend(
-        self, user_id: str, history: Sequence[Interaction], k: int, exclude: frozenset[str] = frozenset()
+        self,
+        user_id: str,
+        history: Sequence[Interaction],
+        k: int,
+        exclude: frozenset[str] = frozenset(),
+        interests: Interests | None = None,
     ) -> Candidates:
         """Return up to `k` items, best first, without those excluded."""
         known = [entry for entry in history if entry.item_id in self.index_of]
         excluded = [self.index_of[item_id] for item_id in exclude if item_id in self.index_of]
+        interest_I = None if interests is None else self.interest_scores(interests)
         if not known:
-            return self.popular(k, excluded)
+            return self.popular(k, excluded, interest_I)
         with torch.inference_mode():
             user_D = self.user_vector(user_id, known[-self.dense.config.max_history :])
             score_I, classical_I = self.item_ID @ user_D, self.classical_scores(known)
             if classical_I is not None:
                 score_I = blended(score_I, classical_I, self.blend_weight)
+            if interest_I is not None:
+                score_I = blended(score_I, interest_I, weigh(len(known)))
             score_I[excluded] = float("-inf")
             wanted = min(max(k, self.dense.config.candidates), len(self.item_ids) - len(excluded))
             candidate_K = score_I.topk(max(wanted, 0)).indices
             order_K = self.order(user_D, self.item_ID[candidate_K])
             if classical_I is not None:
                 order_K = blended(order_K, classical_I[candidate_K], self.blend_weight)
+            if interest_I is not None:
+                order_K = blended(order_K, interest_I[candidate_K], weigh(len(known)))
             best_K = order_K.argsort(descending=True, stable=True)[:k]
         item_ids = [self.item_ids[index] for index in candidate_K[best_K].tolist()]
         return Candidates(item_ids=item_ids, scores=order_K[best_K].numpy(), cold_start=False)
 
-    def rank(self, user_id: str, history: Sequence[Interaction], item_ids: Sequence[str]) -> Candidates:
+    def rank(
+        self,
+        user_id: str,
+        history: Sequence[Interaction],
+        item_ids: Sequence[str],
+        interests: Interests | None = None,
+    ) -> Candidates:
         """Return these items, each of which it can rank, best first."""
         rows = [self.index_of[item_id] for item_id in item_ids]
         known = [entry for entry in history if entry.item_id in self.index_of]
+        interest_I = None if interests is None else self.interest_scores(interests)
         if not known or not rows:
-            return self.sorted_by(item_ids, self.popularity_I[rows], cold_start=not known)
+            scores_I = self.popularity_I if interest_I is None else self.told(interest_I)
+            return self.sorted_by(item_ids, scores_I[rows], cold_start=not known and interest_I is None)
         with torch.inference_mode():
             user_D = self.user_vector(user_id, known[-self.dense.config.max_history :])
             order_K, classical_I = self.order(user_D, self.item_ID[rows]), self.classical_scores(known)
             if classical_I is not None:
                 order_K = blended(order_K, classical_I[rows], self.blend_weight)
+            if interest_I is not None:
+                order_K = blended(order_K, interest_I[rows], weigh(len(known)))
         return self.sorted_by(item_ids, order_K.numpy(), cold_start=False)
+
+    def interest_scores(self, interests: Interests) -> torch.Tensor:
+        """Return what interests say of each item [I]: what is said is the text of an item, the only one a user had."""
+        said = [*([interests.liked_E] if interests.liked_E is not None else []), *interests.disliked_NE]
+        with torch.inference_mode():
+            item_ND = TEXT_SCALE * self.dense.project(torch.from_numpy(np.stack(said)))
+            one_N1 = torch.ones((len(said), 1), dtype=torch.bool)
+            user_ND = self.dense.user_vectors(
+                item_ND.unsqueeze(1),
+                torch.full_like(one_N1, KIND_INDEX["like"], dtype=torch.long),
+                torch.full_like(one_N1, torch.nan, dtype=item_ND.dtype),
+                torch.zeros_like(one_N1, dtype=torch.long),
+                one_N1,
+                torch.zeros_like(item_ND),
+            )[:, -1]
+            scores = list((user_ND @ self.item_ID.T).numpy())
+        liked_I = scores.pop(0) if interests.liked_E is not None else None
+        return torch.from_numpy(combine(liked_I, scores))
 
     def classical_scores(self, known: Sequence[Interaction]) -> torch.Tensor | None:
         """Return what the classical system beside it makes of each item [I], after a history of known items."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from training.models.interests import MATCH_WEIGHT, MATCHES, Interests, is_buried, match_items
+from training.models.interests import MATCH_WEIGHT, MATCHES, WEIGHT, Interests, combine, is_buried, match_items, weigh
 
 NONE = np.empty((0, 2), np.float32)
 LIKED, DISLIKED = np.eye(2, dtype=np.float32)
@@ -42,3 +42,15 @@ def test_the_tenth_most_like_something_disliked_is_buried():
     buried = is_buried(Interests(liked_E=None, disliked_NE=DISLIKED[None]), text_IE, text_IE)
     assert np.flatnonzero(buried).tolist() == list(range(90, 100))
     assert not is_buried(Interests(liked_E=LIKED, disliked_NE=NONE), text_IE, text_IE).any()
+
+
+def test_the_weight_of_interests_falls_with_each_interaction() -> None:
+    assert [weigh(count) / WEIGHT for count in (0, 1, 4)] == [1, 1 / 2, 1 / 5]
+
+
+def test_what_is_disliked_counts_against_what_is_liked_over_each_one_s_spread() -> None:
+    liked_I, disliked_I = np.array([1, 3], np.float32), np.array([10, 30], np.float32)
+    assert combine(liked_I, []).tolist() == [-1, 1]
+    assert combine(liked_I, [disliked_I]).tolist() == [0, 0]
+    assert combine(None, [disliked_I, disliked_I]).tolist() == [2, -2]
+    assert combine(np.ones(2, np.float32), []).tolist() == [0, 0]

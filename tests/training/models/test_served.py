@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.events import events_table
+from cluster.events import KIND_INDEX, events_table
 from cluster.log import Interaction
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.quantized import QuantizedRows
+from training.models.interests import Interests
 from training.models.served import ServedModel
 from training.models.version import (
     COUNT_ROWS,
@@ -286,3 +287,39 @@ def moved_rows(version: VersionState) -> Change:
         dense=version.dense,
         optimizer={},
     )
+
+
+def test_interests_are_an_item_that_the_user_had_and_weigh_less_beside_a_history(model: ServedModel) -> None:
+    said = text_vector(7)
+    interests = Interests(liked_E=said, disliked_NE=np.empty((0, TEXT_DIM), np.float32))
+    put = model.with_items([("said", "what is said")], said[None])
+    rows_ID = put.item_ID[put.index_of["said"]]
+    user_D = model.dense.user_vectors(
+        rows_ID[None, None],
+        torch.tensor([[KIND_INDEX["like"]]]),
+        torch.tensor([[torch.nan]]),
+        torch.tensor([[0]]),
+        torch.tensor([[True]]),
+        torch.zeros(1, len(rows_ID)),
+    )[0, -1]
+    expected_I = (model.item_ID @ user_D).numpy()
+    found_I = model.interest_scores(interests).numpy()
+    np.testing.assert_allclose(found_I, (expected_I - expected_I.mean()) / expected_I.std(), atol=1e-4)
+
+    everything = len(model.item_ids)
+    stranger = model.recommend("nobody", [], everything, interests=interests)
+    assert not stranger.cold_start
+    assert stranger.item_ids != model.recommend("nobody", [], everything).item_ids
+    assert sorted(stranger.item_ids) == sorted(model.item_ids)
+    assert stranger.item_ids == model.rank("nobody", [], model.item_ids, interests).item_ids
+    known = [model.recommend("u1", history("i3"), everything, interests=said).item_ids for said in (None, interests)]
+    assert known[0] != known[1]
+
+
+def test_candidates_are_ranked_alike_whether_asked_for_or_found(model: ServedModel) -> None:
+    found = model.recommend("u1", history("i3", "i7"), 10)
+    ranked = model.rank("u1", history("i3", "i7"), sorted(found.item_ids))
+    assert ranked.item_ids == found.item_ids
+    np.testing.assert_allclose(ranked.scores, found.scores, rtol=1e-5)
+    assert model.rank("u1", history("i3"), []).item_ids == []
+    assert (model.can_rank("i3"), model.can_rank("nowhere")) == (True, False)
