@@ -60,7 +60,7 @@ class EncoderConfig:
     threads: int | None = None
     """Threads that encode; none leaves it to torch."""
     workers: int = 1
-    """Ray workers that encode a catalogue, of `threads` CPUs each."""
+    """Ray workers that encode a catalogue, of `threads` CPUs each; 1 is this process."""
     adapter: str | None = None
     """Folder of a run of `recloop finetune`: the model as fine-tuned there; a version holds its own copy."""
 
@@ -183,13 +183,22 @@ class TextEncoder:
             if on_progress:
                 on_progress(len(texts) - len(missing))
             keys = list(missing)
-            for indices, vectors in self.forward([distinct[row] for row in missing.values()]):
+            for indices, vectors in self._forward_anywhere([distinct[row] for row in missing.values()]):
                 done = [keys[i] for i in indices]
                 vectors_UE[[missing[key] for key in done]] = vectors
                 cache.write(done, vectors)
                 if on_progress:
                     on_progress(len(done))
         return vectors_UE[row_N]
+
+    def unloaded(self, config: EncoderConfig) -> "TextEncoder":
+        """Return the same encoder under other settings, with nothing loaded: to be sent to where it is to run."""
+        return TextEncoder(config, self._cache_folder, self.adapter)
+
+    def _forward_anywhere(self, texts: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+        from embeddings.encoders.on_ray import forward_on_ray, pays_on_ray
+
+        return forward_on_ray(self, texts) if pays_on_ray(self, len(texts)) else self.forward(texts)
 
     def forward(self, texts: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the vectors of texts as they are, none of them empty, past the cache: indices and float32 [b, E]."""
