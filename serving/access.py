@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.keys import Key, KeyRing
-from serving.embeddings import openai_response
-from serving.problems import problem_response
+from serving.problems import openai_response, problem_response
+from serving.schemas import OPENAI
 
 OPEN = frozenset(("/healthz", "/readyz"))
 """Paths for whoever looks after the process."""
@@ -25,8 +25,6 @@ READS = frozenset(("/v1/recommend", "/v1/rank", "/v1/embeddings"))
 """Paths of questions that are asked with POST."""
 ADMIN = frozenset(("/metrics", "/v1/versions"))
 """Paths that tell of the system, not of items."""
-OPENAI = ("/v1/embeddings", "/v1/models")
-"""Paths, and beginnings of paths, whose clients expect errors in OpenAI's form."""
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 

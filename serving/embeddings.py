@@ -25,7 +25,7 @@ from embeddings.text_encoder import EncoderConfig
 from serving.batching import Embedded, Embedder, Text, UnreadableTextError
 from serving.bodies import read_body
 from serving.config import ServeConfig
-from serving.problems import RETRY_AFTER_S, ProblemError
+from serving.problems import RETRY_AFTER_S, ProblemError, openai_response
 from serving.schemas import EmbeddingsRequest
 
 P = ParamSpec("P")
@@ -46,20 +46,6 @@ class OpenAIError(Exception):
         self.param = param
         self.code = code
         self.status = status
-
-
-def openai_response(
-    status: int,
-    message: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> Response:
-    """Return one error in OpenAI's form."""
-    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    body = orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
-    return Response(body, status, headers, media_type="application/json")
 
 
 def _with_openai_errors(

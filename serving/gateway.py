@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from cluster.canary import Canary
@@ -91,10 +92,9 @@ class Gateway:
         rates = {"rate_per_s": self._config.key_rate_per_s, "burst_s": self._config.key_burst_s}
         api.add_middleware(AccessControl, keys=self._keys, replicas=self._config.replicas, **rates)
         api.add_middleware(RequestTimer, metrics=self._metrics)
-        problems: Json = {str(s): {"model": schemas.Problem} for s in (400, 401, 403, 404, 413, 422, 429, 503)}
 
         def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
-            described = {200: {"model": model}, **problems} if model else {}
+            described = ({200: {"model": model}} if model else {}) | schemas.describe_problems(path, model)
             content = {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
             extra = content if body else None
             api.add_api_route(path, answer, methods=[method], responses=described, openapi_extra=extra)
@@ -114,7 +114,8 @@ class Gateway:
         add("/v1/versions", self.list_versions, "GET", None, {})
         add("/healthz", self.check_health, "GET", None, {})
         add("/readyz", self.check_readiness, "GET", None, {})
-        add("/metrics", self.show_metrics, "GET", None, {})
+        text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+        api.add_api_route("/metrics", self.show_metrics, responses=text, response_class=PlainTextResponse)
         return api
 
     async def recommend(self, request: Request) -> Response:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from cluster.errors import EngineError, InvalidEventError, NoVersionError, RecloopError
+from serving.schemas import OPENAI
 
 RETRY_AFTER_S = 1
 
@@ -51,6 +52,20 @@ def problem_response(
     if errors:
         body["errors"] = list(errors)
     return Response(json.dumps(body), status, headers, media_type="application/problem+json")
+
+
+def openai_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """Return one error in OpenAI's form."""
+    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    return Response(body, status, headers, media_type="application/json")
 
 
 def add_problem_handlers(api: FastAPI) -> None:
@@ -90,11 +105,12 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if request.url.path.startswith(OPENAI):
+        return openai_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     return problem_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
     log.error("%s %s: a defect", request.method, request.url.path, exc_info=error)
-    return problem_response(
-        HTTPStatus.INTERNAL_SERVER_ERROR, f"a defect of the server ({type(error).__name__}); see its log"
-    )
+    answer = openai_response if request.url.path.startswith(OPENAI) else problem_response
+    return answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"a defect of the server ({type(error).__name__}); see its log")

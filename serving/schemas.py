@@ -4,6 +4,7 @@ In:  request bodies.  Out: checked models, and the schemas of bodies and answers
 Knows nothing of how requests are answered. Answers are written as JSON directly; their models document them.
 """
 
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
@@ -257,6 +258,23 @@ class Problem(BaseModel):
     status: int
     detail: str
     errors: list[RejectedEntry] | None = None
+
+
+REFUSALS = (400, 401, 403, 404, 413, 422, 429, 503)
+OPENAI = ("/v1/embeddings", "/v1/models")
+"""Paths, and beginnings of paths, whose clients expect errors in OpenAI's form."""
+
+
+def describe_problems(path: str, model: type[BaseModel] | None) -> dict[int | str, dict[str, Any]]:
+    """Return the description of a route's refusals, by status; one that takes entries answers all refused as any."""
+    if path.startswith(OPENAI):
+        content = {"application/json": {"schema": OpenAIError.model_json_schema()}}
+    else:
+        content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    problems = {status: {"description": HTTPStatus(status).phrase, "content": content} for status in REFUSALS}
+    if model is FeedbackResponse or model is ItemsResponse:
+        problems[422]["content"] = {**content, "application/json": {"schema": model.model_json_schema()}}
+    return {**problems}
 
 
 def event_schema() -> dict[str, Any]:

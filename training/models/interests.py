@@ -57,7 +57,7 @@ def match_items(interests: Interests, text_IE: Vectors, popularity_I: Vectors) -
 def combine(liked_I: Vectors | None, disliked: Sequence[Vectors]) -> Vectors:
     """Return what is scored for what is liked less what is scored for what is not, each over its spread."""
     parts = [*([_standardised(liked_I)] if liked_I is not None else []), *(-_standardised(one_I) for one_I in disliked)]
-    return np.asarray(np.sum(parts, axis=0, dtype=np.float32))
+    return np.stack(parts).sum(0)
 
 
 def is_buried(interests: Interests, text_KE: Vectors, text_IE: Vectors) -> npt.NDArray[np.bool_]:
