@@ -30,8 +30,8 @@ class FinetuneConfig:
     dropout: float = 0.1
     """In the layers that learn, and before lora's additions."""
     objective: str = "next_item"
-    """next_item: history retrieves the next item, among all or among the batch's and hard negatives; sequence: the
-    likelihood of each user's sequence over the whole catalogue; click: chosen or drawn, by cross entropy; rating_mse,
+    """next_item: history retrieves the next item among the batch's and hard negatives; sequence: the likelihood of
+    each user's sequence, as estimated from the batch's items; click: chosen or drawn, by cross entropy; rating_mse,
     rating_mae, rating_classes: stars, as a number or as classes."""
     dim: int = 128
     """Of the head's user and item vectors."""
@@ -57,10 +57,11 @@ class FinetuneConfig:
     batch_targets: int = 1024
     """Interactions with these items a step and worker."""
     whole_items: int = 8192
-    """Catalogues of so many items are scored whole: those outside the batch as they were last encoded. A full softmax,
-    with no odds to correct and no need of hard negatives."""
+    """Catalogues of so many items are scored whole, a full softmax, while the head learns alone. With the encoder, only
+    items that the step encodes are scored: others' vectors are older, and to tell old from new would be all that is
+    learned."""
     hard_negatives: int = 32
-    """Of a larger catalogue, items a step that score high and were not chosen, encoded beside the batch's."""
+    """Items a step that score high and were not chosen, encoded beside the batch's."""
     accumulate: int = 1
     """Batches whose gradients one step adds up."""
     checkpointing: bool = False

@@ -187,7 +187,8 @@ class EncoderLearner:
         """Return a draw's loss: its items are encoded, once each; all others are as the memory has them."""
         history_PL = torch.from_numpy(draw.targets.history_PL)
         objective, met = self.config.objective, self.sampler.items
-        whole = objective == SEQUENCE or (objective == NEXT_ITEM and len(met) <= self.config.whole_items)
+        # While the encoder learns, what is chosen must not differ from all else by having been encoded just now.
+        whole = not tune and objective in (NEXT_ITEM, SEQUENCE) and len(met) <= self.config.whole_items
         hard_H = np.empty(0, np.int64)
         if not whole and self.config.hard_negatives and objective not in RATING_OBJECTIVES:
             hard_H = self._hard_negatives(draw, history_PL)
