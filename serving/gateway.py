@@ -114,7 +114,7 @@ class Gateway:
         add("/v1/versions", self.list_versions, "GET", None, {})
         add("/healthz", self.check_health, "GET", None, {})
         add("/readyz", self.check_readiness, "GET", None, {})
-        text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+        text: dict[int | str, Json] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
         api.add_api_route("/metrics", self.show_metrics, responses=text, response_class=PlainTextResponse)
         return api
 

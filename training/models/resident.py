@@ -179,7 +179,8 @@ class Catalogue:
     def sorted_by(self, item_ids: Sequence[str], scores_K: np.ndarray, *, cold_start: bool) -> Candidates:
         """Return the items by score, best first, of equals the first."""
         order = np.argsort(-scores_K, kind="stable")
-        in_order = [item_ids[place] for place in order]
+        places: list[int] = order.tolist()
+        in_order = [item_ids[place] for place in places]
         return Candidates(item_ids=in_order, scores=scores_K[order], cold_start=cold_start)
 
     def text_of(self, item_id: str) -> str | None:
