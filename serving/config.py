@@ -51,7 +51,7 @@ class ServeConfig:
     max_text_chars: int = 200_000
     """Longest text, or list of token ids, in such a request; of what is taken, the model reads its first tokens."""
     encoder_timeout_s: float = 60.0
-    """How long a new item, or a request for vectors, waits for the text encoder."""
+    """How long new items, 64 at a time, or a request for vectors wait for the text encoder."""
     interests_timeout_s: float = 1.0
     """How long a recommendation waits for the vectors of stated interests before it is made without them."""
     encoder_batch_tokens: int = 1_024

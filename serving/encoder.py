@@ -20,7 +20,7 @@ from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
 from serving.batching import Embedded, Text, UnreadableTextError
 from serving.config import ServeConfig
-from serving.encoders import VersionEncoders
+from serving.encoders import VersionEncoders, parts_of
 
 MAX_ONGOING = 1_000
 """Requests at a time: all but a few wait in here, where batches are made of them."""
@@ -66,10 +66,13 @@ class RemoteEncoder:
 
         Raises `EngineError` when none comes in time.
         """
-        answer = asyncio.run_coroutine_threadsafe(self._ask(list(texts), version), self._loop)
+        # A copy: what Ray hands out is shared memory, read-only in name alone.
+        return np.concatenate([self._wait_for(part, version) for part in parts_of(texts)])
+
+    def _wait_for(self, texts: list[str], version: int | None) -> np.ndarray:
+        answer = asyncio.run_coroutine_threadsafe(self._ask(texts, version), self._loop)
         try:
-            # A copy: what Ray hands out is shared memory, read-only in name alone.
-            return np.array(answer.result(self._timeout_s))
+            return answer.result(self._timeout_s)
         except (TimeoutError, RayError, RayServeException) as error:
             answer.cancel()
             raise EngineError(f"the text encoder does not answer ({error!r:.300})") from error

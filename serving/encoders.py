@@ -26,6 +26,8 @@ from training.models.version import read_encoder
 LOADED = 3
 """Encoders in memory; one that nobody has asked longest gives way."""
 KNOWN = 1_000
+WAITED_FOR = 64
+"""New items whose vectors are waited for at a time: patience is for what is stuck, not for what is much."""
 
 
 class VersionEncoders:
@@ -90,10 +92,12 @@ class LocalEncoder:
 
     def encode(self, texts: Sequence[str], version: int | None = None) -> np.ndarray:
         """Return one vector an item's text, float32 [n, E]; blocks. Raises `EngineError`."""
+        encoder = _found(self._encoders, version)
         try:
-            return _found(self._encoders, version).encode_items(texts).result(self._timeout_s)
+            parts = [encoder.encode_items(part).result(self._timeout_s) for part in parts_of(texts)]
         except TimeoutError as error:
             raise EngineError(f"the text encoder does not answer within {self._timeout_s} s") from error
+        return np.concatenate(parts)
 
     async def embed(
         self, texts: Sequence[Text], *, first: bool, timeout_s: float, version: int | None = None
@@ -104,6 +108,11 @@ class LocalEncoder:
             return await asyncio.wait_for(asyncio.wrap_future(encoder.embed(texts, first=first)), timeout_s)
         except TimeoutError as error:
             raise EngineError(f"the text encoder does not answer within {timeout_s} s") from error
+
+
+def parts_of(texts: Sequence[str]) -> list[list[str]]:
+    """Return texts as they are waited for; one part at least."""
+    return [list(texts[first : first + WAITED_FOR]) for first in range(0, max(len(texts), 1), WAITED_FOR)]
 
 
 def _found(encoders: Encoders, version: int | None) -> BatchingEncoder:
