@@ -252,7 +252,7 @@ def test_similar_items_are_told_alike_nearest_first_without_the_item_itself(mode
 
 def test_a_version_is_tensors_tables_and_its_recipe_and_loads_to_the_same_answers(model, registry):
     reader = registry.open_version(model.state.ref.version)
-    assert {Path(name).suffix for name in reader.manifest.files} == {".safetensors", ".parquet", ".toml"}
+    assert {Path(name).suffix for name in reader.manifest.files} == {".safetensors", ".parquet", ".toml", ".json"}
     assert reader.manifest.system == model.state.recipe.section(SystemConfig).name
     again = load_resident(registry, model.state.ref)
     for user in range(4):
