@@ -3,7 +3,7 @@
 In:  texts, a `TextEncoder`'s model, what of it is to learn.  Out: unit vectors of some of the texts; an `Adapter`.
 Knows nothing of users, objectives or workers.
 
-    tokens ─▶ embeddings ─▶ frozen layers ──kept in memory──▶ layers that learn ─▶ mean over tokens ─▶ length 1
+    tokens ─▶ embeddings ─▶ frozen layers ──kept in memory──▶ layers that learn ─▶ pooled ─▶ length 1
 
 Most of what an encoder costs lies below the layers that learn, and is the same in every step: it is computed once.
 LoRA is peft's (Hu et al., 2021). Shapes: N texts of a call, T tokens, E encoder dimension.
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from cluster.errors import ConfigError
 from embeddings.adapter import Adapter
+from embeddings.encoders.batching import pool
+from embeddings.encoders.pretrained import load_model, load_tokenizer
 from embeddings.text_encoder import TextEncoder
 from training.encoder.config import FinetuneConfig
 
@@ -38,12 +39,11 @@ class TunedEncoder(nn.Module):
     def __init__(self, encoder: TextEncoder, config: FinetuneConfig, texts: Sequence[str]) -> None:
         """Load the model and freeze what does not learn. Raises `ConfigError` for a model that cannot be tuned so."""
         super().__init__()
-        from transformers import AutoModel, AutoTokenizer
-
         self._config = config
         self._base = encoder.base_fingerprint
-        tokenizer = AutoTokenizer.from_pretrained(encoder.location)
-        self.model: PreTrainedModel = AutoModel.from_pretrained(encoder.location)
+        self._pooling, prefix = encoder.traits.pooling, encoder.traits.item_prefix
+        tokenizer = load_tokenizer(encoder.config.model, encoder.location)
+        self.model = cast("PreTrainedModel", load_model(encoder.location, encoder.config.layers))
         self.model.requires_grad_(False)
         self._before = encoder.adapter
         if self._before is not None and self._before.kind == "weights":
@@ -61,8 +61,10 @@ class TunedEncoder(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout
         self._tokens = [
-            torch.tensor(ids, dtype=torch.int64)
-            for ids in tokenizer(list(texts), truncation=True, max_length=encoder.config.max_tokens)["input_ids"]
+            torch.tensor(ids or [0], dtype=torch.int64)  # of an empty text, whose vector is zero
+            for ids in tokenizer(
+                [prefix + text for text in texts], truncation=True, max_length=encoder.config.max_tokens
+            )["input_ids"]
         ]
         self._is_told = np.array([bool(text) for text in texts])
         self.lengths = np.array([len(tokens) for tokens in self._tokens])
@@ -187,9 +189,7 @@ class TunedEncoder(nn.Module):
         else:
             tokens_NT, mask_NT = self._pad(rows)
             hidden_NTE = self.model(input_ids=tokens_NT, attention_mask=mask_NT.long()).last_hidden_state
-        mask_NT1 = mask_NT.unsqueeze(-1).to(hidden_NTE.dtype)
-        mean_NE = (hidden_NTE * mask_NT1).sum(1) / mask_NT1.sum(1).clamp(min=1)
-        return functional.normalize(mean_NE, dim=-1)
+        return pool(hidden_NTE, mask_NT.long(), self._pooling)
 
     def _lower(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the layers that do not learn make of the texts, and which tokens are there."""
@@ -231,8 +231,8 @@ class TunedEncoder(nn.Module):
         ours, theirs = self(np.array(some)).numpy(), encoder.encode([str(texts[row]) for row in some])
         if ours.shape != theirs.shape or np.abs(ours - theirs).max() > SAME:
             raise ConfigError(
-                f"encoder.model={encoder.config.model!r}: fine-tuning reads the mean over tokens, which is not how "
-                "this encoder reads text; tune one that does"
+                f"encoder.model={encoder.config.model!r}: fine-tuning does not read text as this encoder does, to "
+                f"within {SAME:g}; tune it with encoder.dtype=float32, or another model"
             )
 
 
