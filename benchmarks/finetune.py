@@ -146,6 +146,8 @@ def _tune_on_choices(
     start: EncoderLearner | None = None
     for arm in args.arms:
         of_arm = replace(config, tuned=arm, learning_rate=RATES[arm])
+        if arm != "frozen":
+            of_arm = replace(of_arm, head_learning_rate=0.0003, patience=6)
         cpu_s, wall_s = time.process_time(), time.monotonic()
         learner = EncoderLearner(TunedEncoder(encoder, of_arm, texts), inputs, of_arm, encoder.encode(texts))
         if start is not None:  # the same head for all: what differs is the encoder
