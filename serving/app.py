@@ -95,7 +95,7 @@ def _build_app(settings: ReplicaSettings) -> "Application":
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         logging_config={"enable_access_log": False},
     )
-    return ingress.bind(settings, Encoder.bind(settings.encoder, settings.cache, config, settings.registry_uri))
+    return ingress.bind(settings, Encoder.bind(settings.cache, config, settings.registry_uri))
 
 
 def _deploy(app: "Application") -> None:

@@ -19,15 +19,13 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from cluster.errors import EngineError
-from embeddings.adapter import Adapter
 from embeddings.encoders.tokens import Tokens
-from embeddings.text_encoder import EncoderConfig, TextEncoder
+from embeddings.text_encoder import TextEncoder
 from serving.config import ServeConfig
 
 Text = str | Sequence[int]
@@ -173,6 +171,9 @@ class BatchingEncoder:
         if not texts:
             request.answer.set_exception(UnreadableTextError("no text is given"))
         with self._changed:
+            if self._stopped:
+                _settle(request.answer, error=EngineError("the text encoder has ended"))
+                return request.answer
             (self._first if first else self._others).extend(_Waiting(request, place) for place in range(len(texts)))
             self._changed.notify()
         return request.answer
@@ -181,6 +182,9 @@ class BatchingEncoder:
         """Have new items' texts encoded, float32 [n, E], and kept on disk; the future may raise `EngineError`."""
         items = _Items(texts)
         with self._changed:
+            if self._stopped:
+                _settle(items.answer, error=EngineError("the text encoder has ended"))
+                return items.answer
             self._items.append(items)
             self._changed.notify()
         return items.answer
@@ -310,17 +314,10 @@ class BatchingEncoder:
             _settle(request.answer, done)
 
 
-def build_batching(
-    config: EncoderConfig,
-    cache_folder: Path,
-    serve: ServeConfig,
-    *,
-    warm: bool = False,
-    adapter: Adapter | None = None,
-) -> BatchingEncoder:
+def build_batching(encoder: TextEncoder, serve: ServeConfig, *, warm: bool = False) -> BatchingEncoder:
     """Return a model's batching encoder as a recipe's `[serve]` says."""
     return BatchingEncoder(
-        TextEncoder(config, cache_folder, adapter),
+        encoder,
         batch_tokens=serve.encoder_batch_tokens,
         gather_s=serve.encoder_gather_ms / 1e3,
         cached=serve.encoder_cached,

@@ -17,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import EngineError
 from cluster.registry import Registry
-from embeddings.text_encoder import EncoderConfig
 from serving.batching import Embedded, Text, UnreadableTextError
 from serving.config import ServeConfig
 from serving.encoders import VersionEncoders, parts_of
@@ -36,8 +35,8 @@ MAX_ONGOING = 1_000
 class Encoder:
     """The language model of each version that is served, in one thread each."""
 
-    def __init__(self, config: EncoderConfig, cache_folder: Path, serve_config: ServeConfig, registry_uri: str) -> None:
-        self._encoders = VersionEncoders(config, cache_folder, serve_config, Registry(registry_uri))
+    def __init__(self, cache_folder: Path, serve_config: ServeConfig, registry_uri: str) -> None:
+        self._encoders = VersionEncoders(cache_folder, serve_config, Registry(registry_uri))
 
     async def encode(self, texts: list[str], version: int | None = None) -> np.ndarray:
         """Return one vector an item's text, float32 [n, E]."""

@@ -50,7 +50,7 @@ class Standby:
         registry = Registry(settings.registry_uri)
         # Loaded when first asked: the standby's own model costs memory that Ray's replicas do without as a rule.
         serve = dataclasses.replace(settings.serve, warm_encoder=False)
-        self._encoders = VersionEncoders(settings.encoder, settings.cache, serve, registry)
+        self._encoders = VersionEncoders(settings.cache, serve, registry)
         encoder = LocalEncoder(self._encoders, settings.serve.encoder_timeout_s)
         self._address = (host, port)
         self._fallback_port = fallback_port

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.catalogue import Item
+from cluster.errors import EngineError
 from cluster.events import Event
 from cluster.home import Home
 from cluster.log import EventLog
@@ -66,7 +67,7 @@ def test_each_version_is_read_by_the_encoder_that_it_holds(versions, tmp_path: P
     tuned = TextEncoder(EncoderConfig(), adapter=adapter)
     ref = republish(versions.registry, encoder=tuned.fingerprint, adapter=adapter, promote=False)
     again = republish(versions.registry, encoder=tuned.fingerprint, adapter=adapter, promote=False)
-    encoders = VersionEncoders(EncoderConfig(), tmp_path, ServeConfig(warm_encoder=False), versions.registry)
+    encoders = VersionEncoders(tmp_path, ServeConfig(warm_encoder=False), versions.registry)
     local = LocalEncoder(encoders, timeout_s=30)
     text = ["A slow-burn Nordic crime novel"]
     np.testing.assert_allclose(local.encode(text, ref.version), tuned.encode(text), atol=1e-5)
@@ -74,6 +75,38 @@ def test_each_version_is_read_by_the_encoder_that_it_holds(versions, tmp_path: P
     np.testing.assert_array_equal(local.encode(text), local.encode(text, 1))  # the promoted one
     assert encoders.of(ref.version) is encoders.of(again.version)
     encoders.stop()
+
+
+def test_a_version_of_other_settings_is_read_by_these_and_one_of_an_encoder_that_is_not_here_by_none(
+    versions, tmp_path: Path
+) -> None:
+    state = read_version(versions.registry, VersionRef(1))
+    recipe = state.recipe.with_overrides(["encoder.max_tokens=8"])
+    draft = versions.registry.draft_version()
+    few = TextEncoder(recipe.section(EncoderConfig))
+    write_version(
+        draft,
+        replace(state, recipe=recipe, encoder=few.fingerprint),
+        versions.registry.open_version(1).table("history"),
+    )
+    ref = draft.publish(offset=0, metrics={}, promote=False)
+    elsewhere = republish(versions.registry, encoder="0123456789abcdef", promote=False)
+    encoders = VersionEncoders(tmp_path, ServeConfig(warm_encoder=False), versions.registry)
+    local = LocalEncoder(encoders, timeout_s=30)
+    text = ["A slow-burn Nordic crime novel in which nobody is what they seem to be"]
+    np.testing.assert_allclose(local.encode(text, ref.version), few.encode(text), atol=1e-5)
+    with pytest.raises(EngineError, match="is of encoder 0123456789abcdef"):
+        local.encode(text, elsewhere.version)
+    encoders.stop()
+
+
+def test_whoever_asks_an_encoder_that_has_ended_hears_so_at_once(versions, tmp_path: Path) -> None:
+    encoders = VersionEncoders(tmp_path, ServeConfig(warm_encoder=False), versions.registry)
+    ended = encoders.of(1)
+    encoders.stop()
+    for answer in (ended.embed(["too late"]), ended.encode_items(["too late"])):
+        with pytest.raises(EngineError, match="has ended"):
+            answer.result(1)
 
 
 class SpaceEncoder:

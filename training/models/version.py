@@ -25,7 +25,7 @@ the trainer's own as exact.NAME. With NAME.scale, int8 values are steps of chang
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from cluster.manifest import Manifest, VersionRef
 from cluster.registry import Registry, VersionReader
 from embeddings.adapter import ADAPTER, ADAPTER_FILE, SETTINGS_FILE, Adapter
 from embeddings.quantized import QuantizedRows
+from embeddings.text_encoder import EncoderConfig
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
 EXACT = "exact."
@@ -217,13 +218,24 @@ def read_version(
     return state
 
 
-def read_encoder(registry: Registry, version: int) -> tuple[str, Adapter | None]:
-    """Return the fingerprint of a version's encoder and its adapter, without reading anything else.
+class StatedEncoder(NamedTuple):
+    """Which encoder a version's text vectors are of."""
+
+    fingerprint: str
+    """Empty of a version from before it was stated."""
+    config: EncoderConfig
+    """Without the folder of an adapter: what the version holds counts, not a folder where it was trained."""
+    adapter: Adapter | None
+
+
+def read_encoder(registry: Registry, version: int) -> StatedEncoder:
+    """Return what a version states of its encoder, without reading anything else.
 
     Raises `CorruptVersionError` or `RegistryError`.
     """
     reader = registry.open_version(version)
-    return _read_encoder(reader), _read_adapter(reader, None)
+    config = Recipe.from_resolved(reader.text(RECIPE_FILE)).section(EncoderConfig)
+    return StatedEncoder(_read_encoder(reader), replace(config, adapter=None), _read_adapter(reader, None))
 
 
 def apply_delta(state: VersionState, reader: VersionReader) -> VersionState:

@@ -14,6 +14,7 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry, VersionDraft
 from embeddings.adapter import Adapter
 from embeddings.quantized import QuantizedRows
+from embeddings.text_encoder import EncoderConfig
 from training.models.version import (
     COUNT_ROWS,
     ITEM_ROWS,
@@ -271,8 +272,9 @@ def test_a_version_holds_its_encoders_adapter_and_says_which_encoder_it_is(
     assert found.adapter is not None
     assert found.adapter.digest == adapter.digest
     assert read_version(registry, ref, resident=found).adapter is found.adapter
-    fingerprint, alone = read_encoder(registry, ref.version)
-    assert (fingerprint, alone and alone.digest) == ("fedcba9876543210", adapter.digest)
+    stated = read_encoder(registry, ref.version)
+    assert (stated.fingerprint, stated.adapter and stated.adapter.digest) == ("fedcba9876543210", adapter.digest)
+    assert stated.config == version.recipe.section(EncoderConfig)
 
 
 def test_a_version_from_before_encoders_were_stated_reads_as_it_did(registry: Registry, published: VersionRef) -> None:
