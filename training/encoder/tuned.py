@@ -47,6 +47,11 @@ class TunedEncoder(nn.Module):
         self.model.requires_grad_(False)
         self._before = encoder.adapter
         if self._before is not None and self._before.kind == "weights":
+            if config.tuned == "lora":  # which would be read over the plain model
+                raise ConfigError(
+                    f"finetune.tuned={config.tuned!r}: encoder.adapter {self._before.digest} holds whole weights, "
+                    "which lora cannot go on from; set finetune.tuned to top or full, or leave the adapter out"
+                )
             self._before.apply(self.model)
         self._layers_name, layers = _find_layers(self.model)
         if config.tuned in ("lora", "top") and config.layers > len(layers):

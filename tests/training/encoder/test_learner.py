@@ -130,6 +130,17 @@ def test_fine_tuning_goes_on_from_an_adapter_and_from_no_other_shape(
         TunedEncoder(further, replace(CONFIG, rank=3), inputs.texts)
 
 
+def test_over_whole_weights_that_were_tuned_no_lora_is_trained_which_would_lose_them(
+    encoder: TextEncoder, texts: list[str]
+) -> None:
+    adapter = TunedEncoder(encoder, replace(CONFIG, tuned="top"), texts).adapter()
+    further = TextEncoder(encoder.config, adapter=adapter)
+    for tuned in ("top", "full", "frozen"):
+        TunedEncoder(further, replace(CONFIG, tuned=tuned), texts)
+    with pytest.raises(ConfigError, match=r"finetune\.tuned='lora'.*holds whole weights.*top or full"):
+        TunedEncoder(further, CONFIG, texts)
+
+
 def test_a_small_catalogue_is_scored_whole_and_large_ones_come_near_it(
     encoder: TextEncoder, inputs: FinetuneInputs
 ) -> None:
