@@ -81,10 +81,28 @@ class PersonalFrequency:
         return self
 
     def scores(self, user_row_B: IntArray) -> Scores:
-        """Score every item, [B, I]: a user's own first, of these and of the others the popular."""
-        own_BI = self._own_UI[user_row_B].toarray()
-        below = own_BI[own_BI > 0].min(initial=1.0) / (2 * max(self._popular_I.max(initial=0.0), 1e-12))
-        return (own_BI + below * self._popular_I).astype(np.float32)
+        """Score every item, [B, I]: a user's own by weight first; of equal ones, and of the others, the popular.
+
+        Popularity fills half of the room between a weight and the user's next larger one, so that it decides nothing
+        else, and scores are the same whoever else is asked about.
+        """
+        own = self._own_UI[user_row_B].tocoo()
+        weight_N = own.data.astype(np.float32).astype(np.float64)  # what differs as scores do
+        order = np.lexsort((weight_N, own.row))
+        user_N, item_N, weight_N = own.row[order], own.col[order], weight_N[order]
+        opens = np.r_[True, (user_N[1:] != user_N[:-1]) | (weight_N[1:] != weight_N[:-1])][: len(order)]
+        first_G = np.flatnonzero(opens)  # of each user's purchases of equal weight
+        user_G, weight_G = user_N[first_G], weight_N[first_G]
+        is_followed = user_G[1:] == user_G[:-1]
+        above_G = 2 * weight_G
+        above_G[:-1][is_followed] = weight_G[1:][is_followed]
+        room_N = (above_G - weight_G)[np.cumsum(opens) - 1]
+        share_I = self._popular_I / (2 * max(self._popular_I.max(initial=0.0), 1e-12))
+        least_B = np.ones(len(user_row_B))
+        np.minimum.at(least_B, user_N, weight_N)
+        score_BI = least_B[:, None] * share_I
+        score_BI[user_N, item_N] = weight_N + room_N * share_I[item_N]
+        return score_BI.astype(np.float32)
 
 
 class TifuKnn:
