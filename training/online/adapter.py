@@ -53,7 +53,7 @@ from training.models.version import (
 )
 from training.online.exclusions import Exclusions
 from training.online.migration import bridge
-from training.stream import build_history
+from training.stream import History, build_history
 
 PROPOSAL_FILE, VECTORS_FILE = "proposal.json", "vectors.npy"
 BRIDGED = "bridged"
@@ -187,7 +187,7 @@ def propose(registry: Registry, log: EventLog, recipe: Recipe, cache: Path | Non
         metrics["took_s"] = time.monotonic() - started_s
         return refuse(f"gains {gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}] NDCG@10 on later choices")
     encoder = TextEncoder(present.config, cache, adapter)
-    is_encoded_N = hottest(history.item_row, state, config.encode_items)
+    is_encoded_N = hottest(history, state, config.encode_items)
     new_IE = np.zeros_like(text_IE)
     new_IE[is_encoded_N] = encoder.encode([state.item_texts[row] for row in np.flatnonzero(is_encoded_N)])
     bridged = bridge(text_IE, new_IE, is_encoded_N)
@@ -260,11 +260,12 @@ def read_interactions(registry: Registry, log: EventLog, state: VersionState) ->
     return events.take(pc.sort_indices(events["ts_us"]))
 
 
-def hottest(item_row_N: np.ndarray, state: VersionState, wanted: int) -> np.ndarray:
+def hottest(history: History, state: VersionState, wanted: int) -> np.ndarray:
     """Return which items are encoded first: those met most in the newest tenth of interactions, then most of all."""
     items = len(state.item_ids)
     if not wanted or wanted >= items:
         return np.ones(items, bool)
+    item_row_N = history.item_row[np.argsort(history.order)]  # in order of time; a history is sorted by user
     recent = np.bincount(item_row_N[-max(len(item_row_N) // 10, 1) :], minlength=items)
     order = np.lexsort((-state.rows[COUNT_ROWS].numpy(), -recent))
     chosen = np.zeros(items, bool)

@@ -17,6 +17,7 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.adapter import Adapter
 from embeddings.text_encoder import EncoderConfig, TextEncoder
+from embeddings.vocabulary import Vocabulary
 from training.models.served import ServedModel
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
@@ -31,6 +32,7 @@ from training.models.version import (
 from training.online.actor import running_trainer
 from training.online.adapter import AdapterConfig, Proposal, hottest, propose, read_interactions
 from training.online.learner import OnlineLearner
+from training.stream import build_history
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -288,9 +290,18 @@ def test_too_few_later_choices_change_nothing(stories: StoryHome, log: EventLog)
 
 def test_the_hottest_are_those_met_lately(stories: StoryHome) -> None:
     state = stories.state
-    met = np.r_[np.zeros(90, np.int64), np.full(10, 7)]
-    assert np.flatnonzero(hottest(met, state, 2)).tolist() == [0, 7]  # i7 lately, then i0 of most counts
-    assert hottest(met, state, 0).all()
+    lately = [("u0", "i7"), ("u1", "i7")] * 5  # by time; the newest tenth by user is of i3, too
+    met = [("u0", "i0"), ("u1", "i3")] * 45 + lately
+    events = [
+        Event(event_id=f"{n}", user_id=user_id, item_id=item_id, kind="click", ts_us=1_000_000 * n)
+        for n, (user_id, item_id) in enumerate(met)
+    ]
+    history = build_history(events_table(events), Vocabulary(state.item_ids, 30), Vocabulary(["u0", "u1"], 2))
+    counts = torch.arange(30).flip(0)
+    state = replace(state, rows={**state.rows, COUNT_ROWS: counts})
+    assert np.flatnonzero(hottest(history, state, 1)).tolist() == [7]
+    assert np.flatnonzero(hottest(history, state, 2)).tolist() == [0, 7]  # i7 lately, then i0 of most counts
+    assert hottest(history, state, 0).all()
 
 
 def test_a_proposal_is_due_by_time_or_by_events() -> None:
