@@ -11,6 +11,7 @@ from cluster.errors import CorruptVersionError, RegistryError
 from cluster.manifest import Manifest, VersionRef
 from cluster.registry import Registry
 from training.models.version import (
+    ENCODER,
     EVENTS,
     ROOT,
     SET_ASIDE,
@@ -20,6 +21,7 @@ from training.models.version import (
     read_version,
     write_version,
 )
+from training.online.adapter import read_bridged, write_bridged
 from training.online.exclusions import Exclusions
 
 
@@ -55,19 +57,22 @@ def publish_whole(registry: Registry, damaged: VersionRef, problem: str) -> Vers
     for ref in _lineage(registry, damaged):
         try:
             state = read_version(registry, VersionRef(ref.version), with_optimizer=True)
+            state = _as_far_as_whole(registry, state, ref.delta)
+            return _publish(registry, state, left_out, f"{damaged} is damaged: {problem}")
         except CorruptVersionError:
             continue
-        state = _as_far_as_whole(registry, state, ref.delta)
-        return _publish(registry, state, left_out, f"{damaged} is damaged: {problem}")
     raise CorruptVersionError(f"{damaged}: nothing that it grew from is whole; train and publish again ({problem})")
 
 
 def _publish(registry: Registry, state: VersionState, left_out: Exclusions, reason: str) -> VersionRef:
     stated = registry.manifest(state.ref).metrics
     metrics = {name: stated.get(name, 0) for name in (EVENTS, SET_ASIDE)}
-    metrics |= {ROOT: _root(registry, state.ref), "rolled_back_to": str(state.ref)} | left_out.metrics()
+    metrics |= {ENCODER: state.encoder, ROOT: _root(registry, state.ref), "rolled_back_to": str(state.ref)}
+    metrics |= left_out.metrics()
+    history, bridged = registry.open_version(state.ref.version).table("history"), read_bridged(registry, state.ref)
     draft = registry.draft_version()
-    write_version(draft, state, registry.open_version(state.ref.version).table("history"))
+    write_version(draft, state, history)
+    write_bridged(draft, bridged)
     ref = draft.publish(offset=state.learned_seq, metrics=metrics, parent=state.ref, promote=False)
     registry.promote(ref, reason)
     return ref

@@ -30,8 +30,10 @@ from training.models.version import (
     write_version,
 )
 from training.online.actor import running_trainer
-from training.online.adapter import AdapterConfig, Proposal, hottest, propose, read_interactions
+from training.online.adapter import AdapterConfig, Proposal, hottest, propose, read_bridged, read_interactions
+from training.online.exclusions import Exclusions
 from training.online.learner import OnlineLearner
+from training.online.regrow import publish_before, publish_whole
 from training.stream import build_history
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -219,6 +221,27 @@ def test_what_is_bridged_is_encoded_between_steps(stories: StoryHome, log: Event
     expected = TextEncoder(stories.encoder.config, adapter=stories.adapter()).encode(stories.texts)
     np.testing.assert_allclose(found.rows[TEXT_ROWS].numpy(), expected, atol=1e-5)
     assert learner.publish() is None
+
+
+def test_what_is_bridged_stays_known_in_a_version_grown_anew(
+    stories: StoryHome, log: EventLog, learner: OnlineLearner
+) -> None:
+    learner.adopt(stories.proposal(encoded=20))
+    assert learner.encode_bridged(4) == 6
+    whole = learner.publish()
+    assert whole is not None
+    for ref in (
+        publish_before(stories.registry, 1, Exclusions(), "a broken client"),
+        publish_whole(stories.registry, whole, "a bit has flipped"),
+    ):
+        assert len(read_bridged(stories.registry, ref)) == 6
+        assert stories.registry.manifest(ref).metrics["encoder"] == learner.encoder.fingerprint
+    learner = OnlineLearner(stories.registry, log, stories.recipe, stories.tiny.home.cache, torch.device("cpu"))
+    assert learner.encode_bridged(10) == 0
+    delta = learner.publish()
+    assert delta is not None
+    expected = TextEncoder(stories.encoder.config, adapter=stories.adapter()).encode(stories.texts)
+    np.testing.assert_allclose(read_version(stories.registry, delta).rows[TEXT_ROWS].numpy(), expected, atol=1e-5)
 
 
 def test_an_item_put_since_the_proposal_is_told_by_the_new_encoder(
