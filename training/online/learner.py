@@ -370,10 +370,13 @@ class OnlineLearner:
         where the encoder is not the one to be replaced any more, or someone moved the pointer. What the proposal does
         not know is encoded now; what it has bridged is encoded between steps from here on.
         """
-        if proposal.refused or proposal.before != self.encoder.fingerprint:
+        before = self.ref
+        if proposal.refused or proposal.before != self.encoder.fingerprint or self.registry.current() != before:
             return None
-        self.publish()  # what is pending is judged first, and goes out as a delta
-        if self.pending_events or self.registry.current() != self.ref:
+        published = self.publish()  # what is pending is judged first, and goes out as a delta
+        if published is None and self.ref != before:  # it has followed someone to where they moved the pointer
+            return None
+        if self.pending_events or self.registry.current() != self.ref or proposal.before != self.encoder.fingerprint:
             return None
         encoder = TextEncoder(self.encoder.config, self.cache_folder, proposal.adapter)
         state = self._state()
@@ -391,13 +394,13 @@ class OnlineLearner:
         )
         coverage = 1 - len(bridged) / max(len(text_IE), 1)
         told = proposal.metrics | {"items_moved": moved, "coverage": coverage, "bridged": len(bridged)}
-        before = self.ref
+        grown_from = self.ref
         self._bridged = sorted(bridged, key=lambda row: -int(state.rows[COUNT_ROWS][row]))
         self._publish_version({"adapter": told, "encoder_before": proposal.before}, state=state)
         if self.registry.current() != self.ref:
             self._follow_pointer(self.registry.current(), took_up=True)
             return None
-        logger.info("%s: the encoder is %s, it was %s to %s", self.ref, state.encoder, proposal.before, before)
+        logger.info("%s: the encoder is %s, it was %s to %s", self.ref, state.encoder, proposal.before, grown_from)
         self._take_up(self.ref)
         return self.ref
 

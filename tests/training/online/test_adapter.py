@@ -265,8 +265,34 @@ def test_what_is_refused_or_of_another_encoder_is_not_adopted(stories: StoryHome
     ):
         assert learner.adopt(proposal) is None
     assert stories.registry.current() == stories.ref
-    stories.registry.promote(VersionRef(1))  # someone moved the pointer meanwhile
-    assert stories.registry.current() == VersionRef(1)
+
+
+def test_over_a_version_that_someone_moved_the_pointer_to_nothing_is_adopted(
+    stories: StoryHome, log: EventLog, learner: OnlineLearner
+) -> None:
+    learn(log, learner, stories.stories(6, first=240))
+    learner.publish()
+    stories.registry.promote(stories.ref)
+    assert learner.adopt(stories.proposal()) is None
+    assert stories.registry.current() == stories.ref
+    assert [manifest.ref for manifest in stories.registry.versions()] == [VersionRef(1), stories.ref]
+
+
+class Overtaken(OnlineLearner):
+    """Somebody moves the pointer just before it publishes."""
+
+    def publish(self) -> VersionRef | None:
+        self.registry.promote(VersionRef(2))
+        return super().publish()
+
+
+def test_nor_is_it_where_the_pointer_moves_while_the_rest_is_published(stories: StoryHome, log: EventLog) -> None:
+    learner = Overtaken(stories.registry, log, stories.recipe, stories.tiny.home.cache, torch.device("cpu"))
+    learn(log, learner, stories.stories(6, first=240))
+    OnlineLearner.publish(learner)
+    assert learner.ref == VersionRef(2, 1)
+    assert learner.adopt(stories.proposal()) is None
+    assert read_version(stories.registry, stories.registry.current()).encoder == stories.encoder.fingerprint
 
 
 def test_a_proposal_is_read_as_it_was_written(stories: StoryHome, tmp_path: Path) -> None:
