@@ -5,9 +5,10 @@ Knows nothing of what is trained. A run that Ray Train starts again goes on in t
 given the same name for it, kept in the run's folder. Credentials are the services' own matter, from their environment.
 """
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -46,8 +47,8 @@ class Board(Protocol):
         """Record the figures of an epoch or step."""
         ...
 
-    def close(self) -> None:
-        """Finish; what was written stays."""
+    def close(self, failed: bool = False) -> None:
+        """Finish, or state that the run has failed; what was written stays."""
         ...
 
 
@@ -61,9 +62,9 @@ class Scalars:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for board in self._boards:
-            board.close()
+            board.close(failed=kind is not None)
 
     def write(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Record one epoch."""
@@ -86,6 +87,18 @@ def open_boards(folder: Path, recipe: Recipe) -> list[Board]:
     return boards
 
 
+@contextlib.contextmanager
+def closing(boards: Sequence[Board]) -> Iterator[None]:
+    """Close the boards after the block, as failed where it raises."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for board in boards:
+            board.close(failed)
+
+
 class TensorBoard:
     """Event files below the run's folder."""
 
@@ -100,8 +113,8 @@ class TensorBoard:
             self._writer.add_scalar(f"train/{name}", value, step)
         self._writer.flush()
 
-    def close(self) -> None:
-        """Finish the file."""
+    def close(self, failed: bool = False) -> None:
+        """Finish the file, which states no outcome."""
         self._writer.close()
 
 
@@ -120,9 +133,9 @@ class WeightsAndBiases:
         """Record the figures of an epoch or step."""
         self._run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Wait until everything is sent, or written where it works offline."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
         self._end_service()  # its process writes what it holds when it ends; the worker may be killed before it would
 
 
@@ -138,6 +151,7 @@ class MlFlow:
         kept = folder / MLFLOW_FILE
         if kept.exists():
             self._run_id = json.loads(kept.read_text())["run_id"]
+            self._client.update_run(self._run_id, status="RUNNING")  # the start before may have ended as failed
         else:
             self._run_id = self._client.create_run(experiment_id, run_name=folder.name).info.run_id
             kept.write_text(json.dumps({"run_id": self._run_id}))
@@ -149,6 +163,6 @@ class MlFlow:
         for name, value in metrics.items():
             self._client.log_metric(self._run_id, f"train/{name}", value, step=step)
 
-    def close(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self._run_id)
+    def close(self, failed: bool = False) -> None:
+        """Mark the run as finished, or as failed."""
+        self._client.set_terminated(self._run_id, status="FAILED" if failed else "FINISHED")

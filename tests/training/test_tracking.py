@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cluster.config import load_recipe
 from cluster.errors import ConfigError
 from training.run import METRICS_FILE, RECIPE_FILE
-from training.tracking import Scalars
+from training.tracking import MLFLOW_FILE, Scalars, closing, open_boards
 
 
 @pytest.fixture
@@ -56,6 +56,28 @@ def test_mlflow_has_the_figures_and_the_recipe_in_one_run_also_after_a_new_start
     assert run.info.run_name == "train-1"
     assert run.info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == [RECIPE_FILE]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own
+def test_a_run_that_crashes_has_failed_and_runs_again_when_started_again(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    recipe = load_recipe("movielens", [f"tracking.mlflow_uri={uri}"])
+    client = MlflowClient(tracking_uri=uri)
+
+    def status() -> str:
+        return client.get_run(json.loads((folder / MLFLOW_FILE).read_text())["run_id"]).info.status
+
+    with pytest.raises(RuntimeError), Scalars(folder, recipe, 0):
+        raise RuntimeError
+    assert status() == "FAILED"
+    with Scalars(folder, recipe, 0):
+        assert status() == "RUNNING"
+    assert status() == "FINISHED"
+    with pytest.raises(RuntimeError), closing(open_boards(folder, recipe)):
+        raise RuntimeError
+    assert status() == "FAILED"
 
 
 @pytest.mark.slow

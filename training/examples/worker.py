@@ -46,7 +46,7 @@ from training.examples.stream import ExampleRows, ExampleStream, StreamConfig
 from training.models.click import ClickConfig, build_click_model
 from training.run import CHECKPOINTS_FOLDER, METRICS_FILE, SCORES_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
-from training.tracking import open_boards
+from training.tracking import closing, open_boards
 
 RNG = "rng"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -96,15 +96,14 @@ class ExamplesTrainer:
 
     def train(self) -> Position:
         """Collective. Train from the newest checkpoint to the end, which is saved as well; return where that is."""
-        position = self.resume()
-        while position.epoch < self.config.epochs:
-            for _ in self.train_epoch(position):
-                pass
-            position.epoch, position.step = position.epoch + 1, 0
-        self.save(position)
-        self.writer.close()
-        for board in self._boards:
-            board.close()
+        with closing(self._boards):
+            position = self.resume()
+            while position.epoch < self.config.epochs:
+                for _ in self.train_epoch(position):
+                    pass
+                position.epoch, position.step = position.epoch + 1, 0
+            self.save(position)
+            self.writer.close()
         return position
 
     def train_epoch(self, position: Position) -> Iterator[int]:
