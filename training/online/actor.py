@@ -48,6 +48,8 @@ JOIN_PATIENCE = datetime.timedelta(seconds=60)
 """How long workers wait for each other as they start."""
 ENCODE_AT_ONCE = 8
 """Items encoded between two steps, where a bridge has stood in for the new encoder."""
+ENCODE_PAUSE_S = 60.0
+"""How long none of these is encoded after one could not be."""
 CANARY_LOOK_S = 2.0
 """How often a version on trial is judged."""
 
@@ -195,6 +197,7 @@ class AdapterSchedule:
         self._asked: ray.ObjectRef[str | None] | None = None
         self._folder = home.path / "adapters"
         self._last_s, self._last_events = time.monotonic(), -1
+        self._encode_at_once, self._encode_from_s = ENCODE_AT_ONCE, 0.0
         self._actor: Any = None  # Any: Ray's types do not say what a decorated class offers
 
     def look(self, learner: OnlineLearner) -> None:
@@ -208,7 +211,16 @@ class AdapterSchedule:
             self._actor = ray.remote(AdapterTrainer).options(num_cpus=0).remote(self._recipe.to_toml(), self._home)
             folder = self._folder / f"{time.time_ns()}"
             self._asked, self._folder_asked = self._actor.propose.remote(str(folder)), folder
-        learner.encode_bridged(ENCODE_AT_ONCE)
+        if time.monotonic() >= self._encode_from_s:
+            self._encode_bridged(learner)
+
+    def _encode_bridged(self, learner: OnlineLearner) -> None:
+        try:
+            learner.encode_bridged(self._encode_at_once)
+        except (RecloopError, OSError) as error:
+            logger.error("items stay bridged for now: %s", error)
+            self._encode_at_once = 1  # so that the text at fault holds up no others
+            self._encode_from_s = time.monotonic() + ENCODE_PAUSE_S
 
     def _take(self, learner: OnlineLearner) -> None:
         assert self._asked is not None

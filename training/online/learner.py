@@ -405,11 +405,17 @@ class OnlineLearner:
         return self.ref
 
     def encode_bridged(self, most: int) -> int:
-        """Encode some of the items whose vectors are bridged; return how many are left."""
-        now, self._bridged = self._bridged[:most], self._bridged[most:]
+        """Encode some of the items whose vectors are bridged; return how many are left.
+
+        Raises what the encoder does; these items then stay bridged, and their turn is after all others.
+        """
+        now, others = self._bridged[:most], self._bridged[most:]
         if now:
             texts = [self.live.item_texts[row] for row in now]
-            for row, text, vector in zip(now, texts, self.encoder.encode(texts), strict=True):
+            self._bridged = others + now
+            vectors = self.encoder.encode(texts)
+            self._bridged = others
+            for row, text, vector in zip(now, texts, vectors, strict=True):
                 self.live.describe(self.live.items.ids[row], text, vector)
             self._redescribed = True
         return len(self._bridged)

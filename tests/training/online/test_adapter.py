@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from cluster.catalogue import Item
 from cluster.config import load_recipe
+from cluster.errors import EngineError
 from cluster.events import Event, events_table
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
@@ -29,7 +31,7 @@ from training.models.version import (
     read_version,
     write_version,
 )
-from training.online.actor import running_trainer
+from training.online.actor import AdapterSchedule, running_trainer
 from training.online.adapter import AdapterConfig, Proposal, hottest, propose, read_bridged, read_interactions
 from training.online.exclusions import Exclusions
 from training.online.learner import OnlineLearner
@@ -221,6 +223,30 @@ def test_what_is_bridged_is_encoded_between_steps(stories: StoryHome, log: Event
     expected = TextEncoder(stories.encoder.config, adapter=stories.adapter()).encode(stories.texts)
     np.testing.assert_allclose(found.rows[TEXT_ROWS].numpy(), expected, atol=1e-5)
     assert learner.publish() is None
+
+
+class Choking(TextEncoder):
+    """Cannot encode one of the texts."""
+
+    def encode(self, texts: Sequence[str], on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+        if "bad" in texts:
+            raise EngineError("its vector of 'bad' is no number")
+        return super().encode(texts, on_progress)
+
+
+def test_a_text_that_cannot_be_encoded_stays_bridged_and_holds_up_no_others(
+    stories: StoryHome, learner: OnlineLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.online.actor.ENCODE_PAUSE_S", 0.0)
+    learner.adopt(stories.proposal(encoded=20))
+    learner.live.item_texts[25] = "bad"
+    learner.encoder = Choking(learner.encoder.config, adapter=learner.encoder.adapter)
+    schedule = AdapterSchedule(stories.recipe, stories.tiny.home)
+    for _ in range(12):
+        schedule.look(learner)
+    delta = learner.publish()
+    assert delta is not None
+    assert read_bridged(stories.registry, delta) == [25]
 
 
 def test_what_is_bridged_stays_known_in_a_version_grown_anew(
