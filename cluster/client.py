@@ -25,6 +25,10 @@ TIMEOUT_S = 60.0
 PATIENCE_S = 30.0
 """Longest that a client waits where the server says to come again later, in all."""
 RETRIED = (429, 503)
+TRIES = 50
+"""Most times that one request is sent."""
+LEAST_WAIT_S = 0.1
+"""Between two of them, also where the server says to come again at once."""
 Json = dict[str, Any]  # Any: whatever JSON holds
 
 
@@ -32,7 +36,7 @@ class Client:
     """Asks one server."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Take the key given, else the environment's. Raises `ConfigError` for what is no HTTP URL."""
+        """Take the key given, else the environment's. Raises `ConfigError` for what is no URL or no key."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r}: must be an address such as http://127.0.0.1:8000")
@@ -40,7 +44,9 @@ class Client:
         self._url = url
         self._root = parts.path.rstrip("/")
         self._connection = kind(parts.netloc, timeout=timeout_s)
-        key = key or os.environ.get(KEY_VARIABLE)
+        key = (key or os.environ.get(KEY_VARIABLE) or "").strip()
+        if not (key.isascii() and key.isprintable()):  # a secret: the error does not show it
+            raise ConfigError(f"the API key (given, or in {KEY_VARIABLE}): must be printable ASCII, as it was made")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def __enter__(self) -> Self:
@@ -75,18 +81,28 @@ class Client:
     def request(self, method: str, path: str, body: object = None) -> Json:
         """Return what is answered, trying again where the server says when, and once where the connection was closed.
 
-        Raises `RefusedError` with the server's reason, `EngineError` without an answer.
+        Raises `RefusedError` with the server's reason, `EngineError` without an answer that is a JSON object.
         """
         payload = None if body is None else json.dumps(body)
         until_s = time.monotonic() + PATIENCE_S
+        left = TRIES
         while True:
+            left -= 1
             status, text, retry_after = self._send(method, path, payload)
             if status < 400:
-                return json.loads(text)
-            if status in RETRIED and time.monotonic() + retry_after <= until_s:
-                time.sleep(retry_after)
-                continue
-            raise RefusedError(status, _reason(text, status))
+                return self._read(status, text)
+            if status not in RETRIED or not left or time.monotonic() + retry_after > until_s:
+                raise RefusedError(status, _reason(text, status))
+            time.sleep(retry_after)
+
+    def _read(self, status: int, text: bytes) -> Json:
+        try:
+            answer = json.loads(text) if status < 300 else None
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise EngineError(f"{self._url}: is no server of recloop (status {status}: {text[:200]!r})")
+        return answer
 
     def _send(self, method: str, path: str, payload: str | None) -> tuple[int, bytes, float]:
         fresh = self._connection.sock is None
@@ -103,12 +119,12 @@ class Client:
 
 
 def _seconds(retry_after: str | None) -> float:
-    return float(retry_after) if retry_after and retry_after.isdecimal() else 1.0
+    return max(float(retry_after), LEAST_WAIT_S) if retry_after and retry_after.isdecimal() else 1.0
 
 
 def _reason(text: bytes, status: int) -> str:
     try:
         stated = json.loads(text)
         return str(stated.get("detail") or stated["error"]["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"status {status}: {text[:200]!r}"

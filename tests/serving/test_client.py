@@ -1,7 +1,10 @@
 """The Python client and `recloop ask` against the app, over HTTP."""
 
+import http.server
 import json
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -61,6 +64,85 @@ def test_a_client_that_asks_too_often_waits_as_it_is_told(run_alone, tmp_path, m
         assert time.monotonic() - began_s > 0.4
         with pytest.raises(RefusedError, match="needs write"):
             client.feedback([{"user_id": "u0", "item_id": "i1", "kind": "click"}])
+
+
+class ScriptedServer(http.server.ThreadingHTTPServer):
+    """Answers every request alike, and counts them."""
+
+    status, headers, body, asked = 200, {}, b"{}", 0
+
+
+class ScriptedAnswer(http.server.BaseHTTPRequestHandler):
+    server: ScriptedServer
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked += 1
+        self.send_response(self.server.status)
+        for name, value in {**self.server.headers, "Content-Length": str(len(self.server.body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    with ScriptedServer(("127.0.0.1", 0), ScriptedAnswer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def ask(scripted) -> Callable[[], dict]:
+    def ask() -> dict:
+        with Client(f"http://127.0.0.1:{scripted.server_port}") as client:
+            return client.recommend("u0")
+
+    return ask
+
+
+def test_a_server_that_says_to_come_again_at_once_is_not_asked_without_end(scripted, ask, monkeypatch):
+    monkeypatch.setattr("cluster.client.PATIENCE_S", 0.5)
+    scripted.status, scripted.headers = 503, {"Retry-After": "0"}
+    with pytest.raises(RefusedError):
+        ask()
+    assert 2 <= scripted.asked <= 6
+    monkeypatch.setattr("cluster.client.PATIENCE_S", 30)
+    monkeypatch.setattr("cluster.client.TRIES", 3)
+    scripted.asked = 0
+    with pytest.raises(RefusedError):
+        ask()
+    assert scripted.asked == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, b"<html>"), (200, b""), (200, b"\xff"), (200, b"[" * 100_000), (200, b"[]"), (302, b"{}"), (304, b"")],
+)
+def test_what_is_no_answer_of_a_server_like_ours_is_said(scripted, ask, status, body):
+    scripted.status, scripted.body = status, body
+    with pytest.raises(EngineError, match=f"status {status}"):
+        ask()
+
+
+@pytest.mark.parametrize("key", ["rk_sécret", "rk_sec\nret", "rk_sec\x00ret", "rk_secret\u2028x"])
+def test_what_cannot_be_a_key_is_refused_and_not_shown(key, monkeypatch):
+    with pytest.raises(ConfigError, match="printable ASCII") as raised:
+        Client("http://127.0.0.1:8000", key)
+    assert "cret" not in str(raised.value)
+    if "\x00" not in key:
+        monkeypatch.setenv("RECLOOP_API_KEY", key)
+        with pytest.raises(ConfigError, match="RECLOOP_API_KEY"):
+            Client("http://127.0.0.1:8000")
+
+
+def test_the_end_of_a_line_after_a_key_does_not_count():
+    assert Client("http://127.0.0.1:8000", " rk_secret\n")._headers["Authorization"] == "Bearer rk_secret"
+    assert "Authorization" not in Client("http://127.0.0.1:8000", "\n")._headers
 
 
 def test_ask_prints_a_slate(alone, capsys):
