@@ -61,8 +61,8 @@ class KeyFile:
         try:
             stated = json.loads(self.path.read_text("utf-8"))
             keys = {raw["key_id"]: Key(**raw) for raw in stated["keys"]}
-            if any(key.role not in ROLES for key in keys.values()):
-                raise ValueError("a role is unknown")
+            for key in keys.values():
+                _check(key)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -119,13 +119,13 @@ class KeyFile:
 class KeyRing:
     """A home's keys as a server sees them: read again when the file has changed, kept when it is damaged or gone."""
 
-    def __init__(self, file: KeyFile) -> None:
-        """Raises `ConfigError` for a damaged file."""
+    def __init__(self, file: KeyFile, *, required: bool = False) -> None:
+        """Where keys are `required`, nobody is known until there is a file. Raises `ConfigError` for a damaged one."""
         self._file = file
         self._stamp: object = None
         self._keys: Mapping[str, Key] = {}
         self._next_look_s = 0.0
-        self.is_required = False
+        self.is_required = required
         """Whether requests need a key: from the first one on, whatever becomes of it."""
         self._take_up()
 
@@ -159,6 +159,16 @@ class KeyRing:
             self._keys = self._file.read()
             self._stamp = stamp
             self.is_required = self.is_required or bool(self._keys)
+
+
+def _check(key: Key) -> None:
+    """Raise `ValueError` or `TypeError` for what no request could be compared with."""
+    if key.role not in ROLES:
+        raise ValueError("a role is unknown")
+    if (len(bytes.fromhex(key.salt)), len(bytes.fromhex(key.hash))) != (SALT_BYTES, HASH_BYTES):
+        raise ValueError("a salt or a hash is of another length")
+    if key.rate_per_s is not None and not 0 < key.rate_per_s < float("inf"):
+        raise ValueError("a rate is not above 0")
 
 
 def _hash(secret: str, salt: str) -> str:

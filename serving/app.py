@@ -64,16 +64,24 @@ class Ingress:
 
 @contextlib.contextmanager
 def running_app(
-    recipe: Recipe, home: Home, host: str, port: int, dataset: Dataset | None = None, *, shared: bool = False
+    recipe: Recipe,
+    home: Home,
+    host: str,
+    port: int,
+    dataset: Dataset | None = None,
+    *,
+    shared: bool = False,
+    keys_required: bool = False,
 ) -> Iterator[str]:
     """Serve the promoted version while the block lasts; yield the base URL. Call it inside a Ray session.
 
     With the dataset it was trained on, users' histories also hold the events that training did not see. A `shared` port
-    is also listened on by the standby, which stands back once HAProxy has replicas.
+    is also listened on by the standby, which stands back once HAProxy has replicas. Keys are required where there are
+    some now, or where `keys_required` says that there were.
 
     Raises `NoVersionError`, `CorruptVersionError`, `PortTakenError`, or `EngineError` where replicas do not start.
     """
-    settings = resolve_settings(recipe, home)
+    settings = resolve_settings(recipe, home, keys_required=keys_required)
     home.ensure()
     seed_history(open_registry(recipe, home), home, dataset)
     serve_http(host, port, shared=shared)

@@ -68,8 +68,10 @@ def run(args: argparse.Namespace) -> None:
     """Check, start, say where, wait."""
     recipe = load_recipe(args.recipe, args.overrides)
     assert_port_free(args.host, args.port, shared=args.behind_standby)
-    if not args.without_keys:
+    if not args.without_keys and not args.keys_required:
         assert_reachable_by_keys_only(args.host, args.home)
+    # Decided once: replicas that start when the file is gone, or on another node, refuse everybody.
+    args.keys_required |= bool(KeyFile(args.home.keys).read())
     from serving.config import ServeConfig  # torch: a wrong flag does not wait for it
     from serving.preflight import check_version, describe_damage
 
@@ -106,7 +108,7 @@ def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
     from serving.replica import resolve_settings
     from serving.standby import Standby
 
-    settings = resolve_settings(recipe, args.home)
+    settings = resolve_settings(recipe, args.home, keys_required=args.keys_required)
     seed_history(open_registry(recipe, args.home), args.home.ensure(), load_dataset(args.data) if args.data else None)
     stats_port, fallback_port = find_free_port(args.host), find_free_port(args.host)
     with (
@@ -150,6 +152,7 @@ def _ray_process(
     command += [part for override in args.overrides for part in ("--set", override)]
     command += [*(["--data", args.data] if args.data else []), *(["--json"] if args.json else [])]
     command += [*(["--verbose"] if args.verbose else []), *(["--without-keys"] if args.without_keys else [])]
+    command += ["--keys-required"] if args.keys_required else []
     process = subprocess.Popen(
         command,
         env=environment,
@@ -185,7 +188,9 @@ def _run_on_ray(args: argparse.Namespace, recipe: Recipe) -> None:
             verbose=args.verbose,
             on_lost=lambda name: _end(f"{name} has ended, and Ray with it; {anew}", code),
         ),
-        running_app(recipe, args.home, args.host, args.port, dataset, shared=behind) as url,
+        running_app(
+            recipe, args.home, args.host, args.port, dataset, shared=behind, keys_required=args.keys_required
+        ) as url,
         _online_trainer()(recipe, args.home) as trainer,
     ):
         version = open_registry(recipe, args.home).current()

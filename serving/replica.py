@@ -45,13 +45,17 @@ class ReplicaSettings:
     """The one that made the version's item vectors, whatever the recipe at hand says."""
     cache: Path
     keys: Path
+    keys_required: bool
+    """Whether nobody is answered without a key even where the file of keys is not: gone, or on another node."""
 
 
-def resolve_settings(recipe: Recipe, home: Home) -> ReplicaSettings:
+def resolve_settings(recipe: Recipe, home: Home, *, keys_required: bool = False) -> ReplicaSettings:
     """Return what replicas of the promoted version are built from, with the pinned version as a number.
 
     Unless stated, that is the trained version that the promoted one grew from: a folded one has learned live events.
-    None is pinned where no arm needs it. Raises `NoVersionError`, `CorruptVersionError` or `RegistryError`.
+    None is pinned where no arm needs it. Keys that there are now are required from now on, whatever becomes of them.
+
+    Raises `ConfigError` for a damaged file of keys; `NoVersionError`, `CorruptVersionError` or `RegistryError`.
     """
     registry, config = open_registry(recipe, home), recipe.section(ServeConfig)
     promoted = registry.current()
@@ -70,6 +74,7 @@ def resolve_settings(recipe: Recipe, home: Home) -> ReplicaSettings:
         encoder=trained_with.section(EncoderConfig),
         cache=home.cache,
         keys=home.keys,
+        keys_required=keys_required or bool(KeyFile(home.keys).read()),
     )
 
 
@@ -101,7 +106,7 @@ class Replica:
             recommender=recommender,
             encoder=encoder,
             encoder_config=settings.encoder,
-            keys=KeyRing(KeyFile(settings.keys)),
+            keys=KeyRing(KeyFile(settings.keys), required=settings.keys_required),
             metrics=metrics,
         )
 

@@ -233,7 +233,8 @@ def _serve(commands: Commands) -> _Parser:
     parser.add_argument(
         "--without-keys", action="store_true", help="answer anyone, be it on an address that others reach"
     )
-    parser.add_argument("--behind-standby", action="store_true", help=argparse.SUPPRESS)  # how it starts itself
+    for flag in ("--behind-standby", "--keys-required"):  # how it starts itself
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 

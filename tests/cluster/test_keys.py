@@ -93,6 +93,40 @@ def test_a_file_that_is_damaged_or_gone_opens_nothing_to_anyone(file: KeyFile, m
     assert ring.is_required
 
 
+def test_where_keys_are_required_nobody_is_let_in_without_a_file(
+    file: KeyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.keys.LOOK_S", 0)
+    ring = KeyRing(file, required=True)
+    assert (ring.is_required, ring.find("rk_x_y")) == (True, None)
+    key, presented = file.add("shop", "write")
+    ring.look()
+    assert ring.find(presented) == key
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("salt", "no hex"),
+        ("salt", "00"),
+        ("salt", None),
+        ("hash", "ä" * 64),
+        ("hash", "00"),
+        ("hash", 7),
+        ("role", "root"),
+        ("rate_per_s", "fast"),
+        ("rate_per_s", -1),
+    ],
+)
+def test_a_key_that_no_request_can_be_compared_with_damages_the_file(file: KeyFile, field: str, value: object) -> None:
+    file.add("shop", "write")
+    stated = json.loads(file.path.read_text())
+    stated["keys"][0][field] = value
+    file.path.write_text(json.dumps(stated))
+    with pytest.raises(ConfigError, match=r"keys\.json: is no file of keys"):
+        file.read()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"keys": [{}]}', '{"keys": [{"key_id": 1}]}', "\xff"])
 def test_a_damaged_file_is_named_before_anything_starts(file: KeyFile, text: str) -> None:
     file.path.write_text(text, "latin-1")
