@@ -17,6 +17,8 @@ from training.policies import Slate
 
 KEPT = 10_000
 """Slates that are remembered, by user and arm."""
+KEPT_ITEMS = 100
+"""Of each, from its top; also the most that stand in for a longer one."""
 
 FallbackName = Literal["cached", "popular"]
 
@@ -28,9 +30,15 @@ class Fallbacks:
         self._last: OrderedDict[tuple[str, str], Recommendation] = OrderedDict()
 
     def remember(self, query: Query, found: Recommendation) -> None:
-        """Keep what a user was shown."""
+        """Keep the top of what a user was shown."""
         if query.only is None:
-            self._last[query.user_id, query.arm] = found
+            slate = Slate(
+                item_ids=found.slate.item_ids[:KEPT_ITEMS],
+                scores=found.slate.scores[:KEPT_ITEMS],
+                propensities=found.slate.propensities[:KEPT_ITEMS],
+            )
+            kept = replace(found, slate=slate, texts=found.texts[:KEPT_ITEMS], stated=None)
+            self._last[query.user_id, query.arm] = kept
             self._last.move_to_end((query.user_id, query.arm))
             if len(self._last) > KEPT:
                 self._last.popitem(last=False)
@@ -48,7 +56,7 @@ class Fallbacks:
                     propensities=[1.0] * len(kept),
                 )
                 texts = [last.texts[place] for place in kept]
-                return replace(last, request_id=uuid.uuid4().hex, slate=slate, texts=texts, stated=None), "cached"
+                return replace(last, request_id=uuid.uuid4().hex, slate=slate, texts=texts), "cached"
         return _popular(query, residents), "popular"
 
 

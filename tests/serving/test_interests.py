@@ -12,7 +12,7 @@ from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from embeddings.text_encoder import EncoderConfig, TextEncoder
 from serving.batching import Embedded, UnreadableTextError
-from serving.interests import InterestReader, Stated, split_clauses
+from serving.interests import MOST_DISLIKED, InterestReader, Stated, split_clauses
 from serving.recommender import Query, Recommender
 from serving.refresh import Residents
 from training.models.interests import Interests
@@ -50,6 +50,15 @@ def item_ids(answer):
 )
 def test_clauses_that_begin_with_a_negation_are_disliked(text, liked, disliked):
     assert split_clauses(text) == (liked, disliked)
+
+
+def test_of_many_things_disliked_each_counts_once_and_the_last_few_as_one():
+    assert split_clauses("no a," * 400) == ("", ("a",))
+    liked, disliked = split_clauses("songs, " + ",".join(f"no thing {number}" for number in range(100)))
+    assert (liked, len(disliked)) == ("songs", MOST_DISLIKED)
+    assert disliked[:2] == ("thing 0", "thing 1")
+    assert disliked[-1].startswith("thing 7, thing 8")
+    assert disliked[-1].endswith("thing 99")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +160,20 @@ def test_what_was_said_before_is_known_without_the_encoder():
     assert first.interests.disliked_NE.tolist() == [[0, 1, 0, 0]]
     only = read(reader, "no gore").interests
     assert (only.liked_E, only.disliked_NE.shape) == (None, (1, 4))
+
+
+def test_what_was_said_is_kept_within_its_bytes_the_newest_of_it(monkeypatch):
+    monkeypatch.setattr("serving.interests.KEPT_BYTES", 20_000)
+    encoder = ScriptedEncoder()
+    reader = InterestReader(encoder, EncoderConfig())
+    for number in range(50):
+        read(reader, f"{number} " + "a long text " * 100)  # 1.2 KB, and again in parts
+    assert 5 <= len(reader._known) <= 10
+    assert reader._kept_bytes == sum(size_bytes for _, size_bytes in reader._known.values()) <= 20_000
+    read(reader, "49 " + "a long text " * 100)
+    assert encoder.asked == 50
+    read(reader, "0 " + "a long text " * 100)
+    assert encoder.asked == 51
 
 
 def test_a_text_that_the_encoder_cannot_read_is_said():

@@ -2,16 +2,17 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
-from serving.fallbacks import Fallbacks
+from serving.fallbacks import KEPT_ITEMS, Fallbacks
 from serving.recommender import Query, Recommender
 from serving.refresh import Residents
 from training.models.served import ServedModel
-from training.policies import PolicyConfig
+from training.policies import PolicyConfig, Slate
 
 
 def item_ids(answer):
@@ -144,3 +145,16 @@ def test_a_user_s_last_slate_stands_in_less_what_is_excluded_now(alone, versions
     assert late.request_id != found.request_id
     assert fallbacks.find(Query(user_id="u2", k=3, arm="live"), residents)[1] == "popular"
     assert fallbacks.find(Query(user_id="u1", k=3, arm="live", exclude=frozenset(shown)), residents)[1] == "popular"
+
+
+def test_of_a_long_slate_the_top_is_remembered(versions):
+    model = ServedModel.load(versions.registry, VersionRef(1))
+    residents, fallbacks = Residents(live=model, pinned=None), Fallbacks()
+    query = Query(user_id="u1", k=500, arm="live")
+    found, _ = fallbacks.find(query, residents)
+    item_ids = [f"i{number}" for number in range(500)]
+    long = Slate(item_ids=item_ids, scores=[0.0] * 500, propensities=[1.0] * 500)
+    fallbacks.remember(query, replace(found, slate=long, texts=[None] * 500))
+    late, name = fallbacks.find(query, residents)
+    assert (late.slate.item_ids, name) == (item_ids[:KEPT_ITEMS], "cached")
+    assert len(late.texts) == len(late.slate.scores) == KEPT_ITEMS

@@ -49,8 +49,9 @@ def weigh(interactions: int) -> float:
 def match_items(interests: Interests, text_IE: Vectors, popularity_I: Vectors) -> npt.NDArray[np.int64]:
     """Return the items that stand for the interests, the best last, as in a history."""
     liked_I = text_IE @ interests.liked_E if interests.liked_E is not None else None
-    fit_I = combine(liked_I, [text_IE @ disliked_E for disliked_E in interests.disliked_NE])
-    score_I = _standardised(popularity_I) + MATCH_WEIGHT * fit_I
+    score_I = _standardised(popularity_I)
+    if liked_I is not None or len(interests.disliked_NE):
+        score_I = score_I + MATCH_WEIGHT * combine(liked_I, list(interests.disliked_NE @ text_IE.T))
     return np.argsort(-score_I, kind="stable")[:MATCHES][::-1]
 
 
@@ -62,11 +63,10 @@ def combine(liked_I: Vectors | None, disliked: Sequence[Vectors]) -> Vectors:
 
 def is_buried(interests: Interests, text_KE: Vectors, text_IE: Vectors) -> npt.NDArray[np.bool_]:
     """Return which candidates [K] are among the items most like something disliked."""
-    buried_K = np.zeros(len(text_KE), np.bool_)
-    for disliked_E in interests.disliked_NE:
-        bound = np.quantile(text_IE @ disliked_E, 1 - BURIED_SHARE)
-        buried_K |= text_KE @ disliked_E > bound
-    return buried_K
+    if not len(interests.disliked_NE):
+        return np.zeros(len(text_KE), np.bool_)
+    bound_N1 = np.quantile(interests.disliked_NE @ text_IE.T, 1 - BURIED_SHARE, axis=1, keepdims=True)
+    return np.any(interests.disliked_NE @ text_KE.T > bound_N1, axis=0)
 
 
 def _standardised(score_I: Vectors) -> Vectors:

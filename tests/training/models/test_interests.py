@@ -44,6 +44,13 @@ def test_the_tenth_most_like_something_disliked_is_buried():
     assert not is_buried(Interests(liked_E=LIKED, disliked_NE=NONE), text_IE, text_IE).any()
 
 
+def test_what_is_most_like_any_of_the_things_disliked_is_buried_as_by_each_alone() -> None:
+    angle_I = np.linspace(0, np.pi / 2, 100)
+    text_IE = np.stack([np.cos(angle_I), np.sin(angle_I)], 1).astype(np.float32)
+    both = Interests(liked_E=None, disliked_NE=np.stack([LIKED, DISLIKED]))
+    assert np.flatnonzero(is_buried(both, text_IE[::5], text_IE)).tolist() == [0, 1, 18, 19]
+
+
 def test_the_weight_of_interests_falls_with_each_interaction() -> None:
     assert [weigh(count) / WEIGHT for count in (0, 1, 4)] == [1, 1 / 2, 1 / 5]
 
