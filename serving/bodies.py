@@ -4,6 +4,7 @@ In:  a request.  Out: bytes; the entries of a body that may hold one or many.
 Knows nothing of routes.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
@@ -26,10 +27,19 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
+def parse_json(body: bytes) -> object:
+    """Return what a body says. Raises `ValueError` where it is not JSON."""
+    gc.disable()  # millions of empty lists would start it again and again: 2.9 s for 8 MiB of them, 0.9 without
+    try:
+        return pydantic_core.from_json(body)
+    finally:
+        gc.enable()
+
+
 def split_entries(body: bytes, name: str, most: int) -> Sequence[object]:
     """Return the entries of a body that is one, a list of them, or an object that holds the list under the name."""
     try:
-        stated = pydantic_core.from_json(body)
+        stated = parse_json(body)
     except ValueError as error:
         raise ProblemError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from error
     if isinstance(stated, Mapping):

@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from cluster.errors import EngineError
 from embeddings.text_encoder import EncoderConfig
 from serving.batching import Embedded, Embedder, Text, UnreadableTextError
-from serving.bodies import read_body
+from serving.bodies import parse_json, read_body
 from serving.config import ServeConfig
 from serving.problems import RETRY_AFTER_S, ProblemError, openai_response
-from serving.schemas import EmbeddingsRequest
+from serving.schemas import TOKENS, EmbeddingsRequest
 
 P = ParamSpec("P")
 Json = dict[str, Any]  # Any: whatever JSON holds
@@ -125,12 +125,16 @@ class EmbeddingsApi:
         if len(texts) > most:
             raise OpenAIError(f"input: {len(texts):,} entries; at most {most:,} at a time", param="input")
         for index, text in enumerate(texts):
+            if type(text) is not type(texts[0]):
+                raise OpenAIError(f"input[{index}]: {INPUTS}, not of several kinds", param="input")
             if not text:
                 raise OpenAIError(f"input[{index}]: is empty; every entry must say something", param="input")
             if len(text) > chars:
                 unit = "characters" if isinstance(text, str) else "tokens"
                 reason = f"input[{index}]: has {len(text):,} {unit}; at most {chars:,}"
                 raise OpenAIError(reason, param="input", code="string_above_max_length")
+            if not isinstance(text, str) and not _are_tokens(text):
+                raise OpenAIError(f"input[{index}]: {INPUTS}; a token id is from 0 to {TOKENS - 1}", param="input")
         return texts
 
 
@@ -139,22 +143,35 @@ def public_name(model: str) -> str:
     return PurePath(model).name if PurePath(model).is_absolute() else model
 
 
-def _listed(stated: str | Sequence[Any]) -> list[Any]:  # Any: the schema's union, which has been checked
-    if isinstance(stated, str) or (stated and isinstance(stated[0], int)):
+def _listed(stated: object) -> list[Any]:  # Any: JSON; texts or lists by their first entry, the others may be anything
+    if isinstance(stated, str):
         return [stated]
-    return list(stated)
+    if not isinstance(stated, list) or (stated and type(stated[0]) not in (str, int, list)):
+        raise OpenAIError(f"input: {INPUTS}", param="input")
+    return [stated] if stated and type(stated[0]) is int else stated
+
+
+def _are_tokens(ids: list[Any]) -> bool:  # Any: JSON
+    return set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < TOKENS
 
 
 def _parse(body: bytes) -> EmbeddingsRequest:
+    """Return the request, but for its input checked: see `_texts`."""
     try:
-        return EmbeddingsRequest.model_validate_json(body)
+        stated = parse_json(body)
+    except ValueError as error:
+        raise OpenAIError(f"the body is not JSON: {error}") from error
+    if not isinstance(stated, dict):
+        raise OpenAIError("body: must be an object")
+    for name in stated:
+        if name not in EmbeddingsRequest.model_fields:  # the first will do: there may be a million
+            raise OpenAIError(f"{name:.200}: there is no such parameter", param=name[:200])
+    try:
+        return EmbeddingsRequest.model_validate(stated)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[0]
-    if found["type"] == "json_invalid":
-        raise OpenAIError(f"the body is not JSON: {found['msg']}")
-    param = str(found["loc"][0]) if found["loc"] else None
-    message = found["msg"] if param != "input" or found["type"] == "missing" else INPUTS
-    raise OpenAIError(f"{param or 'body'}: {message}", param=param)
+    param = str(found["loc"][0])
+    raise OpenAIError(f"{param}: {found['msg']}", param=param)
 
 
 def _write(found: Embedded, asked: EmbeddingsRequest, model: str) -> bytes:

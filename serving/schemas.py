@@ -7,7 +7,7 @@ Knows nothing of how requests are answered. Answers are written as JSON directly
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SkipValidation, TypeAdapter
 
 from cluster.catalogue import Item
 from cluster.events import KINDS, MAX_ID_CHARS, Event
@@ -110,7 +110,8 @@ class RecommendResponse(BaseModel):
     used: list[Literal["interests", "history"]] | None = None
 
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+TOKENS = 2**31
+Token = Annotated[int, Field(ge=0, lt=TOKENS)]
 
 
 class EmbeddingsRequest(BaseModel):
@@ -118,9 +119,10 @@ class EmbeddingsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: str | list[str] | list[Token] | list[list[Token]] = Field(
+    input: SkipValidation[str | list[str] | list[Token] | list[list[Token]]] = Field(
         description="A text, texts, or lists of the model's own token ids without special ones."
     )
+    """Checked in embeddings.py, up to the first unsound entry: pydantic would tell of each, once for each kind."""
     model: str = Field(description="See /v1/models.")
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="base64 is of little-endian float32."

@@ -1,13 +1,18 @@
 """The unmodified OpenAI client against the app, over HTTP."""
 
+import asyncio
 import base64
+import json
+import time
+from collections.abc import AsyncIterator
 
 import numpy as np
 import openai
 import pytest
 
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from serving.embeddings import public_name
+from serving.config import ServeConfig
+from serving.embeddings import EmbeddingsApi, public_name
 
 MODEL = "all-MiniLM-L6-v2"
 TEXTS = ["A romance aboard an ocean liner", "Lovers on a ship that sinks", "Tax law for limited companies"]
@@ -76,7 +81,11 @@ def test_an_unknown_model_is_not_found(client):
 
 
 @pytest.mark.parametrize(
-    "value", ["", [], ["sound", ""], [[]], [-1], [[1], ["x"]], 7, None, [10**9], ["x", 1], {"text": "x"}, [True]]
+    "value",
+    [
+        *("", [], ["sound", ""], [[]], [-1], [[1], ["x"]], 7, None, [10**9], ["x", 1], {"text": "x"}, [True]),
+        *([[1], [2.0]], [[1], [2, False]], [1, "x"], [[1], "x"], ["x", [1]], [2**31], [[1], [[2]]], [None], [{}], True),
+    ],
 )
 def test_an_unsound_input_is_a_bad_request(client, value):
     with pytest.raises(openai.BadRequestError) as raised:
@@ -117,6 +126,47 @@ def test_too_many_or_too_long_texts_are_refused_with_the_limit(alone):
     assert (answer.status, answer.body["error"]["code"]) == (400, "string_above_max_length")
     answer = alone.request("POST", "/v1/embeddings", {"model": MODEL, "input": "x" * 150_000})
     assert (answer.status, "at most 100,000" in answer.body["error"]["message"]) == (413, True)
+
+
+@pytest.fixture
+def api() -> EmbeddingsApi:
+    """The routes with room for 8 MiB, of which no test gets as far as the encoder."""
+    return EmbeddingsApi(ServeConfig(), None, EncoderConfig(), lambda: 384)
+
+
+class WholeBody:
+    """A request of which the routes read the body alone."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        yield self.body
+
+
+@pytest.mark.parametrize("entry", ["{}", "1.5", "[]", '""', "[1]", "true", "[[]]"])
+@pytest.mark.parametrize("first", ["", "1,", '"x",', "[1],"])
+def test_millions_of_entries_are_refused_at_the_first_that_is_unsound(api, first, entry):
+    room = 8 * 1024**2 - 100
+    body = f'{{"model": "{MODEL}", "input": [{first}{",".join([entry] * (room // (len(entry) + 1)))}]}}'.encode()
+    began_s = time.process_time()
+    answer = asyncio.run(api.embed(WholeBody(body)))
+    assert time.process_time() - began_s < 2
+    assert answer.status_code == 400
+    problem = json.loads(answer.body)["error"]
+    assert (problem["param"], problem["type"], len(problem["message"]) < 300) == (
+        "input",
+        "invalid_request_error",
+        True,
+    )
+
+
+def test_a_million_unknown_parameters_are_refused_at_the_first(api):
+    body = json.dumps({"model": MODEL, "input": "x", **{f"p{number}": 0 for number in range(500_000)}}).encode()
+    began_s = time.process_time()
+    answer = asyncio.run(api.embed(WholeBody(body)))
+    assert time.process_time() - began_s < 2
+    assert (answer.status_code, json.loads(answer.body)["error"]["param"]) == (400, "p0")
 
 
 def test_a_folder_s_name_does_not_say_where_it_lies():
