@@ -143,7 +143,7 @@ class Gateway:
             arm=arm,
             min_seq=asked.min_seq,
             exclude=frozenset(asked.exclude),
-            stated=await self._read_interests(asked.interests, deadline_s) if asked.interests is not None else None,
+            stated=await self._read_interests(asked, arm, deadline_s),
             boost=frozenset(asked.boost),
             bury=frozenset(asked.bury),
             only=candidates,
@@ -173,13 +173,15 @@ class Gateway:
         self._fallbacks.remember(query, found)
         return found, None
 
-    async def _read_interests(self, text: str, deadline_s: float | None) -> Stated:
-        """Read interests within half of the time there is: the other half is for the slate."""
+    async def _read_interests(self, asked: schemas.AskRequest, arm: str, deadline_s: float | None) -> Stated | None:
+        """Read interests as the version that answers does, in half of the time there is: the other is for the slate."""
+        if asked.interests is None:
+            return None
         patience_s = min(self._config.interests_timeout_s, self._config.encoder_timeout_s)
         if deadline_s is not None:
             patience_s = min(patience_s, max(deadline_s - time.monotonic(), 0) / 2)
-        live = self._refresher.residents.live.state
-        return await self._interests.read(text, patience_s, live.ref.version, live.encoder)
+        state = self._refresher.residents.model_of(ARMS[arm], asked.user_id).state
+        return await self._interests.read(asked.interests, patience_s, state.ref.version, state.encoder)
 
     async def take_feedback(self, request: Request) -> Response:
         """Log one event or many; the answer means that they survive a crash. Known event ids are not logged again."""
