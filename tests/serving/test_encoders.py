@@ -21,6 +21,7 @@ from embeddings.text_encoder import EncoderConfig, TextEncoder
 from serving.catalogue import LiveCatalogue
 from serving.config import ServeConfig
 from serving.encoders import LocalEncoder, VersionEncoders
+from serving.interests import InterestReader, Stated
 from serving.metrics import Metrics
 from serving.refresh import Refresher
 from training.models.resident import Resident
@@ -107,6 +108,30 @@ def test_whoever_asks_an_encoder_that_has_ended_hears_so_at_once(versions, tmp_p
     for answer in (ended.embed(["too late"]), ended.encode_items(["too late"])):
         with pytest.raises(EngineError, match="has ended"):
             answer.result(1)
+
+
+def test_interests_are_read_for_the_version_that_answers(run_alone, tmp_path: Path, monkeypatch) -> None:
+    read_for: list[tuple[int | None, str]] = []
+
+    async def note(self, text: str, timeout_s: float, version: int | None = None, encoder: str = "") -> Stated:
+        read_for.append((version, encoder))
+        return Stated(interests=None, liked=text, disliked=(), config=EncoderConfig(), fallback="unreadable")
+
+    monkeypatch.setattr(InterestReader, "read", note)
+    with run_alone(Home(tmp_path)) as served:
+
+        def answer(user_id: str, arm: str) -> tuple[str, tuple[int | None, str]]:
+            return served.recommend(user_id, arm=arm, interests="whales", k=1)["version"], read_for[-1]
+
+        ref = republish(served.registry, encoder="tuned", promote=False)
+        canary = served.registry.start_canary(ref, 0.5, 0)
+        on_trial = next(user for user in (f"t{n}" for n in range(100)) if canary.takes(user))
+        other = next(user for user in (f"t{n}" for n in range(100)) if not canary.takes(user))
+        served.wait_for(lambda: answer(on_trial, "live") == ("2.0", (2, "tuned")))
+        assert answer(other, "live") == ("1.0", (1, ""))
+        served.registry.end_canary(canary, "no worse", promote=True)
+        served.wait_for(lambda: answer(other, "live") == ("2.0", (2, "tuned")))
+        assert answer(on_trial, "state") == answer(other, "frozen") == ("1.0", (1, ""))
 
 
 class SpaceEncoder:
