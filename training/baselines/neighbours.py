@@ -12,6 +12,7 @@ users are alike whose items are told alike, though they have none in common: the
 Shapes: U users that are fitted on, B users that are scored, I items, E encoder dimension, N rows of a block.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal, Self
 
 import numpy as np
@@ -88,13 +89,33 @@ class ItemNeighbours(_Neighbours):
         return self
 
 
-class UserNeighbours(_Neighbours):
-    """User-based collaborative filtering."""
+class _People(ABC):
+    """All that is learned is who has what."""
+
+    seen_UI: sparse.csr_array
+    popularity_I: np.ndarray
 
     def fit(self, seen_UI: sparse.csr_array) -> Self:
         """Remember who has what."""
         self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
         return self._take(seen_UI.copy())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return who has what."""
+        return split_sparse("seen", self.seen_UI) | {"popularity": self.popularity_I}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> Self:
+        """Take up who has what."""
+        self.popularity_I = arrays["popularity"]
+        return self._take(join_sparse("seen", arrays, len(self.popularity_I)))
+
+    @abstractmethod
+    def _take(self, seen_UI: sparse.csr_array) -> Self:
+        """Make ready to be asked."""
+
+
+class UserNeighbours(_People, _Neighbours):
+    """User-based collaborative filtering."""
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Add up what the nearest others have; nobody is their own neighbour."""
@@ -111,32 +132,18 @@ class UserNeighbours(_Neighbours):
         scores_BI = sparse.vstack(blocks, format="csr").toarray().astype(np.float32)
         return with_popular(scores_BI, seen_BI, self.popularity_I)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return who has what."""
-        return split_sparse("seen", self.seen_UI) | {"popularity": self.popularity_I}
-
-    def restore(self, arrays: dict[str, np.ndarray]) -> Self:
-        """Take up who has what."""
-        self.popularity_I = arrays["popularity"]
-        return self._take(join_sparse("seen", arrays, len(self.popularity_I)))
-
     def _take(self, seen_UI: sparse.csr_array) -> Self:
         self.seen_UI, self._columns_UI = seen_UI, sparse.csc_array(seen_UI)
         return self
 
 
-class TextNeighbours:
+class TextNeighbours(_People):
     """User-based collaborative filtering, users being what a language model makes of the items that they have."""
 
     def __init__(self, vector_IE: np.ndarray, neighbours: int = 100) -> None:
         if neighbours < 1:
             raise ConfigError(f"neighbours={neighbours}: must be at least 1")
         self.vector_IE, self.neighbours = vector_IE.astype(np.float32), neighbours
-
-    def fit(self, seen_UI: sparse.csr_array) -> Self:
-        """Remember who has what."""
-        self.popularity_I = seen_UI.sum(axis=0).astype(np.float32)
-        return self._take(seen_UI.copy())
 
     def scores(self, seen_BI: sparse.csr_array, user_row_B: IntArray) -> Scores:
         """Add up what the users with the nearest means have; nobody is their own neighbour."""
@@ -153,15 +160,6 @@ class TextNeighbours:
         ]
         scores_BI = sparse.vstack(blocks, format="csr").toarray().astype(np.float32)
         return with_popular(scores_BI, seen_BI, self.popularity_I)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return who has what; the vectors are given when it is built."""
-        return split_sparse("seen", self.seen_UI) | {"popularity": self.popularity_I}
-
-    def restore(self, arrays: dict[str, np.ndarray]) -> Self:
-        """Take up who has what."""
-        self.popularity_I = arrays["popularity"]
-        return self._take(join_sparse("seen", arrays, len(self.popularity_I)))
 
     def _take(self, seen_UI: sparse.csr_array) -> Self:
         self.seen_UI, self._profile_UE = seen_UI, self._profiles(seen_UI)
