@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cluster.errors import ConfigError
+from training.hypergradient import HypergradientRate
 
 if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -28,6 +29,8 @@ class StepConfig:
     weight_decay: float
     clip_norm: float
     """Largest norm of the dense gradient."""
+    rate_strength: float = 0.0
+    """How strongly the dense rate follows its hypergradient; 0 leaves it where it is."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -47,6 +50,8 @@ class Optimizers:
             self.dense_parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.clip_norm = config.clip_norm
+        self.followed = HypergradientRate(self.dense, config.rate_strength) if config.rate_strength else None
+        """Sets the dense rate, where one is followed; `scale_learning_rate` would be overruled."""
         self._base_rates = [group["lr"] for group in self._groups()]
 
     def scale_learning_rate(self, factor: float) -> None:
@@ -87,5 +92,5 @@ def train_step(  # noqa: ANN201  (the model's own named tuple)
     # Rows are updated in here; DDP averages the dense gradient over the workers (collective).
     (loss_scale * losses.total).backward()
     nn.utils.clip_grad_norm_(optimizers.dense_parameters.values(), optimizers.clip_norm)
-    optimizers.dense.step()
+    (optimizers.followed or optimizers.dense).step()
     return type(losses)(*(loss.detach() for loss in losses))

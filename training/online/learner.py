@@ -43,7 +43,6 @@ from training.models.version import (
     EVENTS,
     ROOT,
     SET_ASIDE,
-    TEXT_ROWS,
     Change,
     VersionState,
     log_popularity,
@@ -59,7 +58,7 @@ from training.online.guard import GuardConfig, ProgressiveValidation
 from training.online.impressions import Fate, Impressions, ImpressionsConfig
 from training.online.intake import IntakeConfig
 from training.online.join import JoinConfig, Joined
-from training.online.migration import refit_projection, restart_moments
+from training.online.migration import move_to
 from training.online.model import LiveModel
 from training.online.regrow import publish_whole
 from training.online.segments import NEW_USERS, Segments
@@ -93,6 +92,9 @@ class OnlineConfig:
     """Processes that learn together, each a part of the tables and the users of its own; on GPUs one each."""
     learning_rate: float = 0.00005
     """Of AdamW on the dense weights."""
+    rate_strength: float = 0.0
+    """How strongly that rate follows its hypergradient (training/hypergradient.py): a step that goes the way of the one
+    before raises it by up to this share, one that goes back lowers it, to a tenth or ten times at most."""
     table_rate: float = 2.0
     """Learning rate of the tables as a share of their batch rate."""
     user_rate: float = 0.2
@@ -154,6 +156,8 @@ class OnlineConfig:
             raise ConfigError(f"online.delta_rows={self.delta_rows!r}: is none of {', '.join(FORMATS)}")
         if not 0 <= self.delta_threshold < 1:
             raise ConfigError(f"online.delta_threshold={self.delta_threshold}: must be in [0, 1)")
+        if not 0 <= self.rate_strength <= 1:
+            raise ConfigError(f"online.rate_strength={self.rate_strength}: must be from 0 to 1")
         if self.rehearsal_sequences < 0:
             raise ConfigError(f"online.rehearsal_sequences={self.rehearsal_sequences}: must be 0 or more")
         if not 0 <= self.user_rate <= 2:
@@ -208,6 +212,7 @@ class OnlineLearner:
         self._system = state.system  # beside the model: it does not learn, and goes along
         self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder, state.adapter)
         step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
+        step = replace(step, rate_strength=self.config.rate_strength)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
         self.live = LiveModel(
             state,
@@ -339,6 +344,8 @@ class OnlineLearner:
             return self._roll_back(objection, self.guard.recorded - self.surprise.discard())
         metrics: dict[str, object] = {"validation": self.guard.metrics(), **self.surprise.metrics()}
         metrics |= self.impressions.metrics()
+        if (followed := self.live.part.optimizers.followed) is not None:
+            metrics["rate_factor"] = followed.factor
         if drifts := self.drift.take():
             metrics["drift"] = [asdict(drift) for drift in drifts]
         ref = self._publish_delta(change, metrics)
@@ -381,17 +388,7 @@ class OnlineLearner:
         encoder = TextEncoder(self.encoder.config, self.cache_folder, proposal.adapter)
         state = self._state()
         text_IE, bridged = proposal.vectors_for(state.item_ids, state.item_texts, encoder)
-        old_IE = state.rows[TEXT_ROWS]
-        dense, moved = refit_projection(state.dense, old_IE, torch.from_numpy(text_IE), state.rows[COUNT_ROWS])
-        rows = {**state.rows, TEXT_ROWS: torch.from_numpy(text_IE)}
-        state = replace(
-            state,
-            rows=rows,
-            dense=dense,
-            optimizer=restart_moments(state.optimizer),
-            encoder=encoder.fingerprint,
-            adapter=encoder.adapter,
-        )
+        state, moved = move_to(state, text_IE, encoder)
         coverage = 1 - len(bridged) / max(len(text_IE), 1)
         told = proposal.metrics | {"items_moved": moved, "coverage": coverage, "bridged": len(bridged)}
         grown_from = self.ref

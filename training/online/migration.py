@@ -1,7 +1,7 @@
 """From one encoder's vectors to another's, while a version lives on: bridged until encoded again, projected as before.
 
 In:  vectors of the same texts by both encoders, a two-stage model's weights.  Out: vectors and weights to switch to.
-Knows nothing of encoders, registries or when to switch.
+Knows nothing of registries or when to switch, and asks no encoder.
 
     bridge    new ≈ old · W, by ridge regression over texts that both have read; what it costs is told as the recall of
               neighbours, on texts that were not fitted
@@ -12,10 +12,13 @@ Shapes: N texts, E encoder dimension, D dimension, K neighbours.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from embeddings.text_encoder import TextEncoder
+from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState
 
 PROJECT = "project.weight"
 RIDGE = 1e-3
@@ -73,6 +76,20 @@ def ridge(from_NE: np.ndarray, to_ND: np.ndarray, weight_N: np.ndarray | None = 
     weighed = x if weight_N is None else x * weight_N[:, None]
     gram = weighed.T @ x
     return np.linalg.solve(gram + (RIDGE * np.trace(gram) / len(gram) + 1e-12) * np.eye(len(gram)), weighed.T @ y)
+
+
+def move_to(state: VersionState, text_IE: np.ndarray, encoder: TextEncoder) -> tuple[VersionState, float]:
+    """Return the state as another encoder tells its items, given its vectors, and how far items move by it."""
+    text = torch.from_numpy(text_IE)
+    dense, moved = refit_projection(state.dense, state.rows[TEXT_ROWS], text, state.rows[COUNT_ROWS])
+    return replace(
+        state,
+        rows={**state.rows, TEXT_ROWS: text},
+        dense=dense,
+        optimizer=restart_moments(state.optimizer),
+        encoder=encoder.fingerprint,
+        adapter=encoder.adapter,
+    ), moved
 
 
 def refit_projection(

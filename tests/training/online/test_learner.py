@@ -147,6 +147,13 @@ def test_learning_the_stream_predicts_it_better(open_loop):
     assert metrics["log_loss"] < metrics["base_log_loss"] - 0.5
 
 
+def test_a_followed_rate_moves_and_is_told(open_loop):
+    loop = open_loop("online.rate_strength=0.1")
+    loop.follow(loop.tiny.live_events(75))
+    assert 0.5 < loop.metrics()["rate_factor"] < 2.0
+    assert loop.metrics()["rate_factor"] != 1.0
+
+
 def test_a_delta_tells_figures_by_segment_and_what_has_drifted(open_loop):
     loop = open_loop("online.max_events=6", "online.compact_every=1000")
     loop.follow(loop.tiny.live_events(300))
@@ -426,6 +433,7 @@ def test_after_enough_deltas_the_chain_becomes_a_version_and_goes_on_there(open_
     [
         ({"learning_rate": 0.0}, "online.learning_rate=0.0: must be above 0"),
         ({"table_rate": -1.0}, "online.table_rate=-1.0: must be above 0"),
+        ({"rate_strength": -0.1}, "online.rate_strength=-0.1: must be from 0 to 1"),
         ({"niceness": 20}, "online.niceness=20: must be from 0 to 19"),
         ({"delta_rows": "int4"}, "online.delta_rows='int4': is none of float32, float16, int8"),
         ({"delta_threshold": 1.0}, r"online.delta_threshold=1.0: must be in \[0, 1\)"),

@@ -22,7 +22,7 @@ from training.online.workers import worker_of
 from training.step import StepConfig
 
 pytestmark = pytest.mark.timeout(300)  # each group's processes start anew
-STEP = StepConfig(learning_rate=0.01, weight_decay=0.0, clip_norm=0.1)
+STEP = StepConfig(learning_rate=0.01, weight_decay=0.0, clip_norm=0.1, rate_strength=0.1)
 NOTHING_AT_RANDOM = ("model.dropout=0.0", "model.user_row_dropout=0.0", "online.ranked_positions=1000")
 ALONE, FEWER, MORE = 1, 2, 3
 
