@@ -1,0 +1,1 @@
+"""Learning what somebody who buys again will buy on the next visit."""

@@ -1,0 +1,150 @@
+"""A learned ranker of the next basket: trees over what tells of repeats, fitted on earlier visits.
+
+In:  purchases in order of time, items' categories, when users visit next.  Out: scores, users × items.
+Knows nothing of ids or metrics.
+
+    |──── what is known ────|─ the first visit after a cut is learned ─|      … cut after cut, back from the present
+
+Trees are LightGBM's, fitted to NDCG of lists (LambdaMART; Burges, MSR-TR-2010-82).
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from cluster.errors import ConfigError, DataError
+from training.baselines.baskets import Purchases
+from training.baselines.interface import IntArray, Scores
+from training.baskets.features import DAY_S, NAMES, Candidates, ItemFacts, find_candidates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasketConfig:
+    """What visits are learned from, and how."""
+
+    cuts: int = 14
+    """Times after which each user's first visit is learned."""
+    days_between_cuts: int = 10
+    rounds: int = 400
+    """Trees."""
+    learning_rate: float = 0.05
+    leaves: int = 31
+    least_in_leaf: int = 200
+    """Candidates a leaf must hold."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("cuts", "days_between_cuts", "rounds", "least_in_leaf"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"baskets.{name}={getattr(self, name)}: must be at least 1")
+        if self.leaves < 2:
+            raise ConfigError(f"baskets.leaves={self.leaves}: must be at least 2")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"baskets.learning_rate={self.learning_rate}: must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visits:
+    """Users' first visits after a time, and what was bought before it."""
+
+    known: Purchases
+    users: IntArray
+    """Rows of those who bought something before it and come again, ascending."""
+    at_s: IntArray
+    """When each of them does."""
+    user_row: IntArray
+    """Of each purchase of these visits."""
+    item_row: IntArray
+
+    @classmethod
+    def after(cls, bought: Purchases, cut_s: int, until_s: int) -> "Visits":
+        """Return the first visits from one time on, before another."""
+        known = bought.before(cut_s)
+        later = (bought.ts_s >= cut_s) & (bought.ts_s < until_s)
+        user, item, ts = bought.user_row[later], bought.item_row[later], bought.ts_s[later]
+        first_U = np.full(bought.users, np.iinfo(np.int64).max)
+        np.minimum.at(first_U, user, ts)
+        is_known_U = np.bincount(known.user_row, minlength=bought.users) > 0
+        chosen = (ts == first_U[user]) & is_known_U[user]
+        users = np.unique(user[chosen])
+        return cls(known=known, users=users, at_s=first_U[users], user_row=user[chosen], item_row=item[chosen])
+
+
+class BasketRanker:
+    """LambdaMART over `NAMES`."""
+
+    def __init__(self, category_I: IntArray, config: BasketConfig | None = None) -> None:
+        self.config = config or BasketConfig()
+        self._category_I = category_I
+
+    def fit(self, bought: Purchases) -> Self:
+        """Learn from visits before the newest purchase.
+
+        Raises `DataError` where nobody came twice, `ConfigError` where LightGBM is not installed.
+        """
+        if importlib.util.find_spec("lightgbm") is None:
+            raise ConfigError("the ranker of baskets needs LightGBM; install recloop[baskets]")
+        import lightgbm as lgb
+
+        config = self.config
+        end_s = int(bought.ts_s.max(initial=0)) + 1
+        features, labels, counts = [], [], []
+        for cut_s in (end_s - (1 + n) * config.days_between_cuts * DAY_S for n in range(config.cuts)):
+            visits = Visits.after(bought, cut_s, end_s)
+            if not len(visits.users):
+                continue
+            found = self._candidates(
+                visits.known, visits.users, visits.at_s, ItemFacts.of(visits.known, self._category_I)
+            )
+            bought_together = visits.user_row * bought.items + visits.item_row
+            features.append(found.feature_CF)
+            labels.append(np.isin(visits.users[found.user_C] * bought.items + found.item_C, bought_together))
+            counts.append(np.bincount(found.user_C, minlength=len(visits.users)))
+        if not features:
+            raise DataError("no user came again after a purchase, so there is no visit to learn from")
+        parameters = {
+            "objective": "lambdarank",
+            "lambdarank_truncation_level": 15,
+            "learning_rate": config.learning_rate,
+            "num_leaves": config.leaves,
+            "min_data_in_leaf": config.least_in_leaf,
+            "feature_fraction": 0.6,
+            "bagging_fraction": 0.8,
+            "bagging_freq": 1,
+            "lambda_l2": 10.0,
+            "max_bin": 127,
+            "seed": config.seed,
+            "deterministic": True,
+            "verbose": -1,
+        }
+        data = lgb.Dataset(
+            np.concatenate(features), np.concatenate(labels), group=np.concatenate(counts), feature_name=list(NAMES)
+        )
+        self.trees = lgb.train(parameters, data, num_boost_round=config.rounds)
+        self._known, self._facts = bought, ItemFacts.of(bought, self._category_I)
+        return self
+
+    def scores(self, user_row_B: IntArray, at_s_B: IntArray) -> Scores:
+        """Score every item, [B, I], for visits at these times; −∞ for what is no candidate."""
+        found = self._candidates(self._known, user_row_B, at_s_B, self._facts)
+        score_BI = np.full((len(user_row_B), self._known.items), -np.inf, np.float32)
+        score_BI[found.user_C, found.item_C] = self.trees.predict(found.feature_CF)
+        return score_BI
+
+    @staticmethod
+    def _candidates(bought: Purchases, users: IntArray, at_s: IntArray, facts: ItemFacts) -> Candidates:
+        """Return the candidates of some users, by their place among these."""
+        place_U = np.full(bought.users, -1)
+        place_U[users] = np.arange(len(users))
+        is_theirs = place_U[bought.user_row] >= 0
+        own = Purchases(
+            user_row=place_U[bought.user_row[is_theirs]],
+            item_row=bought.item_row[is_theirs],
+            ts_s=bought.ts_s[is_theirs],
+            users=len(users),
+            items=bought.items,
+        )
+        return find_candidates(own, at_s, facts)
