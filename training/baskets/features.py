@@ -119,9 +119,9 @@ class _Pairs:
         visited = np.unique(self.pair_N * visits + visit_N)
         self.visits_P = np.bincount(visited // visits, minlength=len(self.key_P))
 
-    def total(self, weight_N: FloatArray | npt.NDArray[np.bool_]) -> FloatArray:
+    def total(self, weight_N: npt.NDArray[np.floating] | npt.NDArray[np.bool_]) -> FloatArray:
         """Return the weights added up by pair."""
-        return np.bincount(self.pair_N, weights=weight_N, minlength=len(self.key_P))
+        return np.bincount(self.pair_N, weights=weight_N, minlength=len(self.key_P)).astype(np.float64)
 
     def gap_days(self) -> FloatArray:
         """Return the mean days between visits that bought it; NaN where there was one."""

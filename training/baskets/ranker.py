@@ -131,7 +131,7 @@ class BasketRanker:
         """Score every item, [B, I], for visits at these times; −∞ for what is no candidate."""
         found = self._candidates(self._known, user_row_B, at_s_B, self._facts)
         score_BI = np.full((len(user_row_B), self._known.items), -np.inf, np.float32)
-        score_BI[found.user_C, found.item_C] = self.trees.predict(found.feature_CF)
+        score_BI[found.user_C, found.item_C] = np.asarray(self.trees.predict(found.feature_CF))
         return score_BI
 
     @staticmethod
