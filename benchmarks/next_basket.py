@@ -163,6 +163,7 @@ def _purchases(events: pa.Table, users: Vocabulary, items: Vocabulary) -> Purcha
         ts_s=kept["ts_us"].to_numpy() // 1_000_000,
         users=len(users),
         items=len(items),
+        paid=kept["value"].to_numpy(zero_copy_only=False),
     )
 
 

@@ -11,7 +11,7 @@ nearest to it.
 Shapes: N purchases, U users, I items, K neighbours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -34,16 +34,21 @@ class Purchases:
     ts_s: IntArray
     users: int
     items: int
+    paid: FloatArray | None = None
+    """What each cost, in any currency; NaN where it is not known."""
 
     def before(self, ts_s: int) -> "Purchases":
         """Return the purchases before a time."""
-        kept = self.ts_s < ts_s
-        return Purchases(
-            user_row=self.user_row[kept],
-            item_row=self.item_row[kept],
-            ts_s=self.ts_s[kept],
-            users=self.users,
-            items=self.items,
+        return self.where(self.ts_s < ts_s)
+
+    def where(self, is_kept: npt.NDArray[np.bool_]) -> "Purchases":
+        """Return some of the purchases, [N]."""
+        return replace(
+            self,
+            user_row=self.user_row[is_kept],
+            item_row=self.item_row[is_kept],
+            ts_s=self.ts_s[is_kept],
+            paid=None if self.paid is None else self.paid[is_kept],
         )
 
     def summed(self, weight_N: FloatArray) -> sparse.csr_array:

@@ -9,7 +9,7 @@ Trees are LightGBM's, fitted to NDCG of lists (LambdaMART; Burges, MSR-TR-2010-8
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -33,11 +33,13 @@ class BasketConfig:
     leaves: int = 31
     least_in_leaf: int = 200
     """Candidates a leaf must hold."""
+    threads: int = 1
+    """Of LightGBM; more than there are idle cores make it slower than one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("cuts", "days_between_cuts", "rounds", "least_in_leaf"):
+        for name in ("cuts", "days_between_cuts", "rounds", "least_in_leaf", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"baskets.{name}={getattr(self, name)}: must be at least 1")
         if self.leaves < 2:
@@ -116,6 +118,7 @@ class BasketRanker:
             "bagging_freq": 1,
             "lambda_l2": 10.0,
             "max_bin": 127,
+            "num_threads": config.threads,
             "seed": config.seed,
             "deterministic": True,
             "verbose": -1,
@@ -139,12 +142,6 @@ class BasketRanker:
         """Return the candidates of some users, by their place among these."""
         place_U = np.full(bought.users, -1)
         place_U[users] = np.arange(len(users))
-        is_theirs = place_U[bought.user_row] >= 0
-        own = Purchases(
-            user_row=place_U[bought.user_row[is_theirs]],
-            item_row=bought.item_row[is_theirs],
-            ts_s=bought.ts_s[is_theirs],
-            users=len(users),
-            items=bought.items,
-        )
+        theirs = bought.where(place_U[bought.user_row] >= 0)
+        own = replace(theirs, user_row=place_U[theirs.user_row], users=len(users))
         return find_candidates(own, at_s, facts)

@@ -1,5 +1,7 @@
 """What tells of the next basket, in figures that can be worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,36 @@ def test_items_are_told_by_who_bought_them_lately_and_ever(found: Candidates) ->
     assert told["trend"] == pytest.approx(2 / 3)
 
 
+def test_what_was_paid_is_held_against_what_it_costs_as_a_rule() -> None:
+    paid = np.array([4.0, 1.0, np.nan, 4.0, 2.0, 0.0, 1.0, 2.0])
+    bought = replace(BOUGHT, paid=paid)
+    told = find_candidates(bought, VISIT_S_U, ItemFacts.of(bought, CATEGORY_I))
+    rule = np.log([4, 4, 1]).mean()
+    assert features(told, 0, 0)["paid_lately_over_usual"] == pytest.approx(0 - rule, rel=1e-5)  # bought for 1 on day 20
+    assert features(told, 0, 0)["own_paid_over_usual"] == pytest.approx(0, abs=1e-6)  # all of its purchases are theirs
+    assert np.isnan(features(told, 0, 1)["paid_lately_over_usual"])  # not bought lately
+    assert np.isnan(features(told, 1, 3)["own_paid_over_usual"])  # cost nothing
+    without = find_candidates(BOUGHT, VISIT_S_U, ItemFacts.of(BOUGHT, CATEGORY_I))
+    assert np.isnan(features(without, 0, 0)["own_paid_over_usual"])
+
+
+def test_days_and_hours_are_told_as_shares_over_everybodys() -> None:
+    mornings = [(0, 0, day + 8 / 24) for day in range(0, 70, 7)]  # of one weekday
+    evenings = [(1, 2, day + 20 / 24) for day in range(70)]
+    bought = purchases(*sorted(mornings + evenings, key=lambda one: one[2]), users=2)
+    facts = ItemFacts.of(bought, CATEGORY_I)
+    morning, evening = (np.full(2, 70 * DAY_S + hour * HOUR_S) for hour in (8, 20))
+    early, late = (find_candidates(bought, visit_s, facts) for visit_s in (morning, evening))
+    share = (10 + 10 + 1) / (80 + 7)  # of all purchases on that day, one added to each day
+    assert features(early, 0, 0)["weekday_lift"] == pytest.approx((10 + 20 * share) / 30 / share, rel=1e-5)
+    assert features(early, 0, 0)["category_hour_lift"] > 1.5 > 1 > features(late, 0, 0)["category_hour_lift"]
+    assert (
+        features(early, 0, 0)["share_of_baskets_on_weekday"],
+        features(late, 0, 0)["share_of_baskets_about_hour"],
+    ) == (1, 0)
+    assert features(early, 1, 2)["share_of_baskets_on_weekday"] == pytest.approx(1 / 7)
+
+
 def test_user_who_bought_nothing_has_what_is_popular_and_nothing_of_their_own(found: Candidates) -> None:
     told = features(found, 2, 0)
     assert (told["baskets"], told["category_decay"]) == (0, 0)
@@ -103,14 +135,8 @@ def test_user_who_bought_nothing_has_what_is_popular_and_nothing_of_their_own(fo
 
 def test_features_of_a_user_are_the_same_whoever_else_is_asked_about(found: Candidates) -> None:
     facts = ItemFacts.of(BOUGHT, CATEGORY_I)
-    kept = BOUGHT.user_row == 1
-    alone = Purchases(
-        user_row=np.zeros(kept.sum(), np.int64),
-        item_row=BOUGHT.item_row[kept],
-        ts_s=BOUGHT.ts_s[kept],
-        users=1,
-        items=5,
-    )
+    mine = BOUGHT.where(BOUGHT.user_row == 1)
+    alone = replace(mine, user_row=np.zeros(len(mine.ts_s), np.int64), users=1)
     of_one = find_candidates(alone, VISIT_S_U[1:2], facts)
     assert np.array_equal(of_one.item_C, found.item_C[found.user_C == 1])
     np.testing.assert_array_equal(of_one.feature_CF, found.feature_CF[found.user_C == 1])
