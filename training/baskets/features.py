@@ -160,30 +160,48 @@ class Candidates:
     feature_CF: npt.NDArray[np.float32]
 
 
+class _Past:
+    """Purchases, each as seen from its user's next visit."""
+
+    def __init__(self, bought: Purchases, visit_s_U: IntArray) -> None:
+        visit_s_N = visit_s_U[bought.user_row]
+        self.bought, self.visit_s_U = bought, visit_s_U
+        self.days_N: FloatArray = (visit_s_N - bought.ts_s) / DAY_S
+        self.baskets_since_N = bought.ages()
+        self.on_weekday_N = bought.ts_s // DAY_S % 7 == visit_s_N // DAY_S % 7
+        self.about_hour_N = np.abs(bought.ts_s % DAY_S - visit_s_N % DAY_S) < ABOUT_HOURS * HOUR_S
+        self.fading_N = 0.5 ** (self.days_N / CHOOSING_HALF_LIFE_DAYS)
+        self.baskets_U = np.zeros(bought.users)
+        np.maximum.at(self.baskets_U, bought.user_row, self.baskets_since_N + 1)
+
+
 class _Pairs:
     """A user's purchases of one item, or of one category, taken together."""
 
-    def __init__(self, user_N: IntArray, thing_N: IntArray, things: int, day_N: FloatArray, visit_N: IntArray) -> None:
-        """Take purchases in order of time; `day_N` is how many days before the user's next visit each was."""
-        self.key_P, self.pair_N, self.count_P = np.unique(
-            user_N * things + thing_N, return_inverse=True, return_counts=True
+    def __init__(self, past: _Past, thing_N: IntArray, things: int) -> None:
+        self.key_P, self._pair_N, self.count_P = np.unique(
+            past.bought.user_row * things + thing_N, return_inverse=True, return_counts=True
         )
         self.user_P, self.thing_P = np.divmod(self.key_P, things)
-        self.last_P, self.first_P = np.empty(len(self.key_P)), np.empty(len(self.key_P))
-        self.last_P[self.pair_N] = day_N  # of equal pairs the last assignment stays
-        self.first_P[self.pair_N[::-1]] = day_N[::-1]
-        visits = int(visit_N.max(initial=0)) + 1
-        visited = np.unique(self.pair_N * visits + visit_N)
-        self.visits_P = np.bincount(visited // visits, minlength=len(self.key_P))
+        self.days_since_P, self.baskets_since_P = self._newest(past.days_N), self._newest(past.baskets_since_N)
+        self.days_known_P = np.empty(len(self.key_P))
+        self.days_known_P[self._pair_N[::-1]] = past.days_N[::-1]
+        baskets = int(past.baskets_since_N.max(initial=0)) + 1
+        together = np.unique(self._pair_N * baskets + past.baskets_since_N)
+        self.baskets_P = np.bincount(together // baskets, minlength=len(self.key_P))
+        gap_P = (self.days_known_P - self.days_since_P) / np.maximum(self.baskets_P - 1, 1)
+        self.gap_days_P = np.where(self.baskets_P > 1, np.maximum(gap_P, LEAST_GAP_DAYS), np.nan)
+        """Mean time between baskets with it; NaN where there was one."""
+        self.faded_P = self.total(past.fading_N)
 
     def total(self, weight_N: npt.NDArray[np.floating] | npt.NDArray[np.bool_]) -> FloatArray:
         """Return the weights added up by pair."""
-        return np.bincount(self.pair_N, weights=weight_N, minlength=len(self.key_P)).astype(np.float64)
+        return np.bincount(self._pair_N, weights=weight_N, minlength=len(self.key_P)).astype(np.float64)
 
-    def gap_days(self) -> FloatArray:
-        """Return the mean days between visits that bought it; NaN where there was one."""
-        gap_P = (self.first_P - self.last_P) / np.maximum(self.visits_P - 1, 1)
-        return np.where(self.visits_P > 1, np.maximum(gap_P, LEAST_GAP_DAYS), np.nan)
+    def _newest(self, value_N: FloatArray | IntArray) -> FloatArray:
+        value_P = np.empty(len(self.key_P))
+        value_P[self._pair_N] = value_N  # in order of time: of equal pairs the last assignment stays
+        return value_P
 
 
 def find_candidates(bought: Purchases, visit_s_U: IntArray, facts: ItemFacts) -> Candidates:
@@ -191,134 +209,91 @@ def find_candidates(bought: Purchases, visit_s_U: IntArray, facts: ItemFacts) ->
 
     Users who bought nothing have what is popular.
     """
-    user_N, item_N = bought.user_row, bought.item_row
-    day_N = (visit_s_U[user_N] - bought.ts_s) / DAY_S
-    since_N = bought.ages()
-    baskets_U = np.zeros(bought.users)
-    np.maximum.at(baskets_U, user_N, since_N + 1)
-    own = _Pairs(user_N, item_N, bought.items, day_N, since_N)
-    categories = int(facts.category_I.max(initial=0)) + 1
-    category = _Pairs(user_N, facts.category_I[item_N], categories, day_N, since_N)
-    fading_N = 0.5 ** (day_N / CHOOSING_HALF_LIFE_DAYS)
-    faded_P = own.total(fading_N)
-    own_PF = _own_features(own, bought, visit_s_U, day_N, since_N, baskets_U, facts.usual_I)
-    chosen_K, popular_user, popular_item = _choose(own, faded_P, bought.users, facts.popular)
-    user_C = np.concatenate([own.user_P[chosen_K], popular_user])
-    item_C = np.concatenate([own.thing_P[chosen_K], popular_item])
-    nothing = np.full((len(popular_user), own_PF.shape[1]), np.nan)
-    own_CF = np.concatenate([own_PF[chosen_K], nothing])
-    faded_C = np.concatenate([faded_P[chosen_K], np.full(len(popular_user), np.nan)])
+    past = _Past(bought, visit_s_U)
+    own = _Pairs(past, bought.item_row, bought.items)
+    chosen_K = _newest_own(own)
+    user_X, item_X = _popular_others(own, bought, facts.popular)
+    user_C, item_C = np.concatenate([own.user_P[chosen_K], user_X]), np.concatenate([own.thing_P[chosen_K], item_X])
+    own_KF = _own_features(own, past, facts.usual_I)[chosen_K]
+    own_CF = np.concatenate([own_KF, np.full((len(user_X), own_KF.shape[1]), np.nan)])
+    faded_C = np.concatenate([own.faded_P[chosen_K], np.full(len(user_X), np.nan)])
     order = np.argsort(user_C, kind="stable")
     user_C, item_C, own_CF, faded_C = user_C[order], item_C[order], own_CF[order], faded_C[order]
-    category_CF = _category_features(category, category.total(fading_N), categories, user_C, facts.category_I[item_C])
-    category_CF[:, 3] /= np.maximum(baskets_U[user_C], 1)
+    category_C = facts.category_I[item_C]
+    category_CF = _category_features(past, facts.category_I, user_C, category_C)
     most_U = np.full(bought.users, LEAST)
     np.fmax.at(most_U, user_C, own_CF[:, 0])
-    beside_C2 = np.stack([faded_C / np.maximum(category_CF[:, 0], LEAST), own_CF[:, 0] / most_U[user_C]], axis=1)
-    user_UF = _user_features(bought, visit_s_U, day_N, baskets_U)
-    weekday_U, hour_U = visit_s_U // DAY_S % 7, visit_s_U % DAY_S // HOUR_S
-    lift_C2 = np.stack(
-        [
-            facts.weekday_lift_I7[item_C, weekday_U[user_C]],
-            facts.hour_lift_C24[facts.category_I[item_C], hour_U[user_C]],
-        ],
-        axis=1,
-    )
-    parts = [own_CF, beside_C2, category_CF, facts.feature_IF[item_C], lift_C2, user_UF[user_C]]
-    feature_CF = np.concatenate(parts, axis=1).astype(np.float32)
+    weekday_C, hour_C = (visit_s_U // DAY_S % 7)[user_C], (visit_s_U % DAY_S // HOUR_S)[user_C]
+    beside = [faded_C / np.maximum(category_CF[:, 0], LEAST), own_CF[:, 0] / most_U[user_C]]
+    lifts = [facts.weekday_lift_I7[item_C, weekday_C], facts.hour_lift_C24[category_C, hour_C]]
+    parts = [own_CF, np.stack(beside, 1), category_CF, facts.feature_IF[item_C], np.stack(lifts, 1)]
+    feature_CF = np.concatenate([*parts, _user_features(past)[user_C]], axis=1).astype(np.float32)
     assert feature_CF.shape[1] == len(NAMES)
     return Candidates(user_C=user_C, item_C=item_C, feature_CF=feature_CF)
 
 
-def _own_features(
-    own: _Pairs,
-    bought: Purchases,
-    visit_s_U: IntArray,
-    day_N: FloatArray,
-    since_N: IntArray,
-    baskets_U: FloatArray,
-    usual_I: FloatArray,
-) -> FloatArray:
-    baskets_since_P = np.empty(len(own.key_P))
-    baskets_since_P[own.pair_N] = since_N  # of equal pairs the last assignment stays
-    gap_P = own.gap_days()
-    visit_s_N = visit_s_U[bought.user_row]
-    same_weekday_N = bought.ts_s // DAY_S % 7 == visit_s_N // DAY_S % 7
-    apart_N = np.abs(bought.ts_s % DAY_S - visit_s_N % DAY_S) / HOUR_S
-    over_N = np.full(len(day_N), np.nan)
-    if bought.paid is not None:
-        over_N = np.log(np.where(bought.paid > 0, bought.paid, np.nan)) - usual_I[bought.item_row]
+def _newest_own(own: _Pairs) -> IntArray:
+    """Return which own pairs have faded least, up to so many a user, in order."""
+    order = np.lexsort((-own.faded_P, own.user_P))
+    place = np.arange(len(order)) - np.searchsorted(own.user_P[order], own.user_P[order])
+    return np.sort(order[place < OWN])
+
+
+def _popular_others(own: _Pairs, bought: Purchases, popular: IntArray) -> tuple[IntArray, IntArray]:
+    """Return users and items of what is popular and not their own."""
+    user, item = np.repeat(np.arange(bought.users), len(popular)), np.tile(popular, bought.users)
+    is_other = ~np.isin(user * bought.items + item, own.key_P)
+    return user[is_other], item[is_other]
+
+
+def _own_features(own: _Pairs, past: _Past, usual_I: FloatArray) -> FloatArray:
+    paid_N, item_N = past.bought.paid, past.bought.item_row
+    over_N = np.full(len(item_N), np.nan)
+    if paid_N is not None:
+        over_N = np.log(np.where(paid_N > 0, paid_N, np.nan)) - usual_I[item_N]
     columns = [
-        *(own.total(0.5 ** (day_N / half)) for half in HALF_LIVES_DAYS),
-        *(own.total(decay**since_N) for decay in BASKET_DECAYS),
+        *(own.total(0.5 ** (past.days_N / half)) for half in HALF_LIVES_DAYS),
+        *(own.total(decay**past.baskets_since_N) for decay in BASKET_DECAYS),
         own.count_P,
-        own.last_P,
-        baskets_since_P,
-        gap_P,
-        own.last_P / gap_P,
-        own.visits_P / baskets_U[own.user_P],
-        own.count_P / (own.first_P + 7),
-        *(own.total(since_N < count) for count in RECENT_BASKETS),
-        own.total(same_weekday_N) / own.count_P,
-        own.total(apart_N < ABOUT_HOURS) / own.count_P,
-        own.total(over_N) / own.count_P,
+        own.days_since_P,
+        own.baskets_since_P,
+        own.gap_days_P,
+        own.days_since_P / own.gap_days_P,
+        own.baskets_P / past.baskets_U[own.user_P],
+        own.count_P / (own.days_known_P + 7),
+        *(own.total(past.baskets_since_N < count) for count in RECENT_BASKETS),
+        *(own.total(weight_N) / own.count_P for weight_N in (past.on_weekday_N, past.about_hour_N, over_N)),
     ]
     return np.stack(columns, axis=1)
 
 
-def _choose(own: _Pairs, faded_P: FloatArray, users: int, popular: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Return which own pairs are candidates, and users and items of the popular ones that are not among own pairs."""
-    order = np.lexsort((-faded_P, own.user_P))
-    place = np.arange(len(order)) - np.searchsorted(own.user_P[order], own.user_P[order])
-    chosen_K = np.sort(order[place < OWN])
-    user, item = np.repeat(np.arange(users), len(popular)), np.tile(popular, users)
-    things = int(max(own.thing_P.max(initial=0), popular.max(initial=0))) + 1
-    is_own = np.isin(user * things + item, own.user_P * things + own.thing_P)
-    return chosen_K, user[~is_own], item[~is_own]
-
-
-def _category_features(
-    category: _Pairs, faded_P: FloatArray, categories: int, user_C: IntArray, category_C: IntArray
-) -> FloatArray:
-    """Return fading purchases, days since the last, the same over the usual gap, and visits that bought of it."""
+def _category_features(past: _Past, category_I: IntArray, user_C: IntArray, category_C: IntArray) -> FloatArray:
+    """Return fading purchases, days since the last, the same over the usual gap, and the share of baskets with any."""
+    if not len(past.days_N):
+        return np.tile([0.0, np.nan, np.nan, 0.0], (len(user_C), 1))
+    categories = int(category_I.max()) + 1
+    met = _Pairs(past, category_I[past.bought.item_row], categories)
     wanted = user_C * categories + category_C
-    place = np.minimum(np.searchsorted(category.key_P, wanted), max(len(category.key_P) - 1, 0))
-    if not len(category.key_P):
-        return np.tile([0.0, np.nan, np.nan, 0.0], (len(wanted), 1))
-    is_met = category.key_P[place] == wanted
-    last_C = np.where(is_met, category.last_P[place], np.nan)
-    return np.stack(
-        [
-            np.where(is_met, faded_P[place], 0),
-            last_C,
-            last_C / category.gap_days()[place],
-            np.where(is_met, category.visits_P[place], 0.0),
-        ],
-        axis=1,
-    )
+    place = np.minimum(np.searchsorted(met.key_P, wanted), len(met.key_P) - 1)
+    is_met = met.key_P[place] == wanted
+    days_since_C = np.where(is_met, met.days_since_P[place], np.nan)
+    share_C = met.baskets_P[place] / np.maximum(past.baskets_U[user_C], 1)
+    columns = [np.where(is_met, met.faded_P[place], 0), days_since_C, days_since_C / met.gap_days_P[place]]
+    return np.stack([*columns, np.where(is_met, share_C, 0)], axis=1)
 
 
-def _user_features(bought: Purchases, visit_s_U: IntArray, day_N: FloatArray, baskets_U: FloatArray) -> FloatArray:
+def _user_features(past: _Past) -> FloatArray:
+    bought, visit_s_U, baskets_U = past.bought, past.visit_s_U, np.maximum(past.baskets_U, 1)
     newest_U, oldest_U = np.full(bought.users, np.nan), np.full(bought.users, np.nan)
-    newest_U[bought.user_row] = day_N
-    oldest_U[bought.user_row[::-1]] = day_N[::-1]
+    newest_U[bought.user_row] = past.days_N
+    oldest_U[bought.user_row[::-1]] = past.days_N[::-1]
     purchases_U = np.bincount(bought.user_row, minlength=bought.users)
-    _, opens = np.unique(bought.user_row * (2**40) + bought.ts_s, return_index=True)  # a purchase of each basket
-    user_V, ts_V = bought.user_row[opens], bought.ts_s[opens]
-    on_weekday_V = ts_V // DAY_S % 7 == visit_s_U[user_V] // DAY_S % 7
-    about_V = np.abs(ts_V % DAY_S - visit_s_U[user_V] % DAY_S) < ABOUT_HOURS * HOUR_S
-    return np.stack(
-        [
-            baskets_U,
-            newest_U,
-            (oldest_U - newest_U) / np.maximum(baskets_U - 1, 1),
-            purchases_U / np.maximum(baskets_U, 1),
-            *(
-                np.bincount(user_V, weights=is_so_V, minlength=bought.users) / np.maximum(baskets_U, 1)
-                for is_so_V in (on_weekday_V, about_V)
-            ),
-            visit_s_U // DAY_S % 7,
-            visit_s_U % DAY_S / HOUR_S,
-        ],
-        axis=1,
-    )
+    pairs = np.stack([bought.user_row, bought.ts_s])
+    opens = np.unique(pairs, axis=1, return_index=True)[1]  # a purchase of each basket
+    likes = [
+        np.bincount(bought.user_row[opens], weights=is_so_N[opens], minlength=bought.users) / baskets_U
+        for is_so_N in (past.on_weekday_N, past.about_hour_N)
+    ]
+    gap_U = (oldest_U - newest_U) / np.maximum(past.baskets_U - 1, 1)
+    visit = [visit_s_U // DAY_S % 7, visit_s_U % DAY_S / HOUR_S]
+    return np.stack([past.baskets_U, newest_U, gap_U, purchases_U / baskets_U, *likes, *visit], axis=1)
