@@ -48,7 +48,6 @@ from training.models.version import (
 from training.online.learner import OnlineConfig, OnlineLearner
 from training.online.model import LiveModel
 from training.online.sent import SentRows
-from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler
 
 TEXT_DIM = 384
@@ -128,8 +127,7 @@ def _delta_bytes(registry: Registry, recipe: Recipe, row_format: str) -> dict[st
     """Learn a second's events and return the sizes of what is written for them."""
     online, data = recipe.section(OnlineConfig), recipe.section(DataConfig)
     state = read_version(registry, VersionRef(1), with_optimizer=True)
-    step = StepConfig(learning_rate=online.learning_rate, weight_decay=0.0, clip_norm=online.clip_norm)
-    live = LiveModel(state, step, online.table_rate, torch.device("cpu"), 0, SentRows(row_format, 0.0))
+    live = LiveModel(state, online.step(), online.table_rate, torch.device("cpu"), 0, SentRows(row_format, 0.0))
     rng = np.random.default_rng(0)
     sampler = NegativeSampler(live.counts, data)
     rows = len(state.item_ids)

@@ -30,9 +30,10 @@ from cluster.home import Home
 from cluster.log import Interaction
 from cluster.registry import Registry
 from embeddings.vocabulary import Vocabulary
-from training.baselines.baskets import PersonalFrequency, Purchases, TifuKnn
+from training.baselines.baskets import PersonalFrequency, TifuKnn
 from training.baselines.interface import IntArray, Scores
-from training.baskets.ranker import BasketConfig, BasketRanker, Visits
+from training.baskets.purchases import Purchases, Visits
+from training.baskets.ranker import BasketConfig, BasketRanker
 from training.evaluation.lists import find_hits, ndcg
 from training.evaluation.metrics import FloatArray, difference_interval, mean_interval
 from training.evaluation.topk import top_of_scores

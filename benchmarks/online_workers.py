@@ -41,7 +41,6 @@ from training.online.model import LiveModel
 from training.online.part import follow
 from training.online.sequences import join_sequences
 from training.online.workers import PATIENCE, Workers, open_store
-from training.step import StepConfig
 from training.stream import DataConfig, NegativeSampler
 
 HOST = "127.0.0.1"
@@ -138,9 +137,8 @@ def _work(port: int, rank: int, count: int, registry: Path, steps: int, end: Con
 def _take_up(registry: Path, workers: Workers, device: torch.device) -> LiveModel:
     state = read_version(Registry(registry), VersionRef(1), with_optimizer=True)
     online = state.recipe.section(OnlineConfig)
-    step = StepConfig(learning_rate=online.learning_rate, weight_decay=0.0, clip_norm=online.clip_norm)
     return LiveModel(
-        state, step, online.table_rate, device, 0, ranked_positions=online.ranked_positions, workers=workers
+        state, online.step(), online.table_rate, device, 0, ranked_positions=online.ranked_positions, workers=workers
     )
 
 

@@ -11,62 +11,16 @@ nearest to it.
 Shapes: N purchases, U users, I items, K neighbours.
 """
 
-from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from scipy import sparse
 
 from training.baselines.interface import IntArray, Scores
+from training.baskets.purchases import Purchases
 
-FloatArray = npt.NDArray[np.float64]
 BLOCK = 256
 """Users whose nearest are looked for at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Purchases:
-    """Who bought what when, in order of time; all [N]."""
-
-    user_row: IntArray
-    item_row: IntArray
-    ts_s: IntArray
-    users: int
-    items: int
-    paid: FloatArray | None = None
-    """What each cost, in any currency; NaN where it is not known."""
-
-    def before(self, ts_s: int) -> "Purchases":
-        """Return the purchases before a time."""
-        return self.where(self.ts_s < ts_s)
-
-    def where(self, is_kept: npt.NDArray[np.bool_]) -> "Purchases":
-        """Return some of the purchases, [N]."""
-        return replace(
-            self,
-            user_row=self.user_row[is_kept],
-            item_row=self.item_row[is_kept],
-            ts_s=self.ts_s[is_kept],
-            paid=None if self.paid is None else self.paid[is_kept],
-        )
-
-    def summed(self, weight_N: FloatArray) -> sparse.csr_array:
-        """Return the weights added up by user and item, [U, I]."""
-        shape = (self.users, self.items)
-        return sparse.csr_array(sparse.coo_array((weight_N, (self.user_row, self.item_row)), shape=shape))
-
-    def ages(self) -> IntArray:
-        """Return how many of the same user's baskets come after the one of each purchase, [N]."""
-        order = np.lexsort((self.ts_s, self.user_row))
-        user, ts = self.user_row[order], self.ts_s[order]
-        opens = np.r_[True, (user[1:] != user[:-1]) | (ts[1:] != ts[:-1])]
-        number = np.cumsum(opens)
-        last_U = np.zeros(self.users, np.int64)
-        last_U[user] = number  # of equal users the last assignment stays
-        ages = np.empty(len(order), np.int64)
-        ages[order] = last_U[user] - number
-        return ages
 
 
 class PersonalFrequency:

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from training.baselines.baskets import Purchases
 from training.baselines.interface import IntArray
-
-FloatArray = npt.NDArray[np.float64]
+from training.baskets.purchases import FloatArray, Purchases
 
 DAY_S, HOUR_S = 86_400, 3_600
 HALF_LIVES_DAYS = (7, 30, 120)

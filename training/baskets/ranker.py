@@ -15,9 +15,9 @@ from typing import Self
 import numpy as np
 
 from cluster.errors import ConfigError, DataError
-from training.baselines.baskets import Purchases
 from training.baselines.interface import IntArray, Scores
 from training.baskets.features import DAY_S, NAMES, Candidates, ItemFacts, find_candidates
+from training.baskets.purchases import Purchases, Visits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,33 +46,6 @@ class BasketConfig:
             raise ConfigError(f"baskets.leaves={self.leaves}: must be at least 2")
         if self.learning_rate <= 0:
             raise ConfigError(f"baskets.learning_rate={self.learning_rate}: must be above 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Visits:
-    """Users' first visits after a time, and what was bought before it."""
-
-    known: Purchases
-    users: IntArray
-    """Rows of those who bought something before it and come again, ascending."""
-    at_s: IntArray
-    """When each of them does."""
-    user_row: IntArray
-    """Of each purchase of these visits."""
-    item_row: IntArray
-
-    @classmethod
-    def after(cls, bought: Purchases, cut_s: int, until_s: int) -> "Visits":
-        """Return the first visits from one time on, before another."""
-        known = bought.before(cut_s)
-        later = (bought.ts_s >= cut_s) & (bought.ts_s < until_s)
-        user, item, ts = bought.user_row[later], bought.item_row[later], bought.ts_s[later]
-        first_U = np.full(bought.users, np.iinfo(np.int64).max)
-        np.minimum.at(first_U, user, ts)
-        is_known_U = np.bincount(known.user_row, minlength=bought.users) > 0
-        chosen = (ts == first_U[user]) & is_known_U[user]
-        users = np.unique(user[chosen])
-        return cls(known=known, users=users, at_s=first_U[users], user_row=user[chosen], item_row=item[chosen])
 
 
 class BasketRanker:

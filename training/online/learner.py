@@ -18,7 +18,7 @@ anyone is served by it; learning that predicts worse than the base, back to the 
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,8 +93,8 @@ class OnlineConfig:
     learning_rate: float = 0.00005
     """Of AdamW on the dense weights."""
     rate_strength: float = 0.0
-    """How strongly that rate follows its hypergradient (training/hypergradient.py): a step that goes the way of the one
-    before raises it by up to this share, one that goes back lowers it, to a tenth or ten times at most."""
+    """How strongly that rate follows its hypergradient (training/hypergradient.py): a step that goes the very way of
+    the one before multiplies it by e to this power, one that goes back divides it, to ten times or a tenth at most."""
     table_rate: float = 2.0
     """Learning rate of the tables as a share of their batch rate."""
     user_rate: float = 0.2
@@ -163,6 +163,15 @@ class OnlineConfig:
         if not 0 <= self.user_rate <= 2:
             raise ConfigError(f"online.user_rate={self.user_rate}: must be from 0 to 2")
 
+    def step(self) -> StepConfig:
+        """Return what a train step does beside the model."""
+        return StepConfig(
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,
+            clip_norm=self.clip_norm,
+            rate_strength=self.rate_strength,
+        )
+
 
 class Slate(NamedTuple):
     """What was shown to a user at once, and what came of it."""
@@ -211,12 +220,10 @@ class OnlineLearner:
         self._encoder_name = state.encoder
         self._system = state.system  # beside the model: it does not learn, and goes along
         self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder, state.adapter)
-        step = StepConfig(learning_rate=self.config.learning_rate, weight_decay=0.0, clip_norm=self.config.clip_norm)
-        step = replace(step, rate_strength=self.config.rate_strength)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
         self.live = LiveModel(
             state,
-            step,
+            self.config.step(),
             self.config.table_rate,
             self.device,
             self.config.seed,
@@ -344,8 +351,8 @@ class OnlineLearner:
             return self._roll_back(objection, self.guard.recorded - self.surprise.discard())
         metrics: dict[str, object] = {"validation": self.guard.metrics(), **self.surprise.metrics()}
         metrics |= self.impressions.metrics()
-        if (followed := self.live.part.optimizers.followed) is not None:
-            metrics["rate_factor"] = followed.factor
+        if (factor := self.live.rate_factor) is not None:
+            metrics["rate_factor"] = factor
         if drifts := self.drift.take():
             metrics["drift"] = [asdict(drift) for drift in drifts]
         ref = self._publish_delta(change, metrics)

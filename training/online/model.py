@@ -154,6 +154,12 @@ class LiveModel:
         """Return what the present weights make of items, each shown after all of a sequence."""
         return self.part.predict_shown(sequences, self._worker_of(sequences.user_row_B), sequence_K, item_row_K)
 
+    @property
+    def rate_factor(self) -> float | None:
+        """How many times the rate it started from the dense rate is by now; none where it stays."""
+        followed = self.part.optimizers.followed
+        return None if followed is None else followed.factor
+
     def item_scale(self) -> float:
         """Return the root mean square of what item vectors consist of."""
         return self.part.item_scale()

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from training.baselines.baskets import PersonalFrequency, Purchases, TifuKnn
+from training.baselines.baskets import PersonalFrequency, TifuKnn
+from training.baskets.purchases import Purchases
 
 DAY = 86_400
 

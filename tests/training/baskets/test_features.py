@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training.baselines.baskets import Purchases
 from training.baskets.features import DAY_S, NAMES, Candidates, ItemFacts, find_candidates
+from training.baskets.purchases import Purchases
 
 HOUR_S = 3_600
 CATEGORY_I = np.array([0, 0, 1, 1, 2])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError, DataError
-from training.baselines.baskets import PersonalFrequency, Purchases
+from training.baselines.baskets import PersonalFrequency
 from training.baskets.features import DAY_S
-from training.baskets.ranker import BasketConfig, BasketRanker, Visits
+from training.baskets.purchases import Purchases, Visits
+from training.baskets.ranker import BasketConfig, BasketRanker
 
 CONFIG = BasketConfig(cuts=6, days_between_cuts=5, rounds=40, least_in_leaf=5)
 USERS, DAYS = 60, 120
