@@ -12,6 +12,7 @@ Attention is biased by how many interactions and how much time lie between two o
 Shapes: B sequences, L positions, D dimension, H heads.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ VALUE_BUCKETS = 22
 """0 for no value, then half units up to 10."""
 GAP_BUCKETS = 32
 """log2 of the seconds since the interaction before."""
+LEAST_SAVED = 128
+"""Padded positions that must be saved for a pass more over the weights to pay."""
 
 
 class HistoryEncoder(Protocol):
@@ -194,6 +197,40 @@ class _HSTUBlock(nn.Module):
         score_BHLL = q @ k.transpose(2, 3) / (D // self.heads) ** 0.5 + self.bias(ts_BL)
         gathered_BLD = ((functional.silu(score_BHLL) * share_B1LL) @ v).transpose(1, 2).reshape(B, L, D)
         return hidden_BLD + self.out(self.dropout(self.norm_gathered(gathered_BLD) * gate_BLD))
+
+
+def encode_by_length(
+    encode: Callable[..., torch.Tensor], present_BL: torch.Tensor, item_BLD: torch.Tensor, *others: torch.Tensor
+) -> torch.Tensor:
+    """Return `encode(present_BL, item_BLD, *others)`, [B, L, D], sequences of like length at a time.
+
+    Where few sequences are long, most of what a processor does for the others is padding. An accelerator does all at
+    once sooner, and would wait here for their lengths.
+    """
+    groups = _like_lengths(present_BL) if present_BL.device.type == "cpu" else []
+    if len(groups) < 2:
+        return encode(present_BL, item_BLD, *others)
+    encoded_BLD = item_BLD.new_zeros(item_BLD.shape)
+    for b_G, length in groups:
+        encoded_BLD[b_G, -length:] = encode(*(part[b_G, -length:] for part in (present_BL, item_BLD, *others)))
+    return encoded_BLD
+
+
+def _like_lengths(present_BL: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """Return which sequences to encode together, and how long the longest of them is: about twice the shortest."""
+    length_B = torch.where(present_BL.any(1), present_BL.shape[1] - present_BL.int().argmax(1), 1)
+    groups: list[tuple[torch.Tensor, int]] = []
+    first = 0
+    order_B = length_B.argsort(descending=True)
+    sorted_B = length_B[order_B]
+    while first < len(order_B):
+        longest = int(sorted_B[first])
+        end = int((sorted_B > longest // 2).sum())
+        if int((longest - sorted_B[end:]).sum()) < LEAST_SAVED:
+            end = len(order_B)
+        groups.append((order_B[first:end], longest))
+        first = end
+    return groups
 
 
 def _visible(present_BL: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from training.models.history import (
     LSTMEncoder,
     PoolEncoder,
     TransformerEncoder,
+    encode_by_length,
 )
 from training.models.ranker import CLICK, INTERACTIONS, RATING, Ranker
 
@@ -135,9 +136,20 @@ class TwoStage(nn.Module):
         present_BL: torch.Tensor,
         user_row_BD: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the user vector after each interaction, [B, L, D]."""
+        """Return the user vector after each interaction, [B, L, D]; padded positions hold anything finite."""
+        encoded_BLD = encode_by_length(self._encode, present_BL, item_BLD, kind_BL, value_BL, ts_BL)
+        return encoded_BLD + user_row_BD.unsqueeze(1)
+
+    def _encode(
+        self,
+        present_BL: torch.Tensor,
+        item_BLD: torch.Tensor,
+        kind_BL: torch.Tensor,
+        value_BL: torch.Tensor,
+        ts_BL: torch.Tensor,
+    ) -> torch.Tensor:
         inputs_BLD = self.interaction(item_BLD, kind_BL, value_BL, ts_BL, present_BL)
-        return self.bilinear(self.history(inputs_BLD, present_BL, ts_BL)) + user_row_BD.unsqueeze(1)
+        return self.bilinear(self.history(inputs_BLD, present_BL, ts_BL))
 
     def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
         """Return the ranker's ordering score of K candidates for each of the leading user dimensions, […, K]."""

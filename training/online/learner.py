@@ -71,7 +71,7 @@ from training.stream import DataConfig, NegativeSampler, build_history, build_se
 
 logger = logging.getLogger(__name__)
 
-LAG_STEPS = 16
+LAG_STEPS = 4
 """A trainer that is behind sizes its steps so as to catch up in about so many."""
 CONSUMER = "online-trainer"
 """Whose offset in the log says what may be dropped: the events of every version of its own that stays are kept, since a
