@@ -34,6 +34,7 @@ import uvloop
 from benchmarks.harness import build_check, build_parser, interleave, percentiles, print_result
 from cluster.errors import EngineError
 from cluster.events import Event
+from cluster.heap import settle_heap
 from cluster.log import Appended, EventLog
 from cluster.ray_session import find_free_port
 from serving.feedback import Intake
@@ -97,6 +98,7 @@ def serve(log_path: str, redis_port: int, port: int) -> None:
         return JSONResponse({"accepted": receipt.accepted, "results": [one._asdict() for one in receipt.appended]})
 
     app = Starlette(routes=[Route("/v1/feedback", feedback, methods=["POST"])])
+    settle_heap()
     uvicorn.run(app, host=HOST, port=port, log_level="warning", access_log=False)
 
 

@@ -25,6 +25,7 @@ from cluster.dataset import Dataset
 from cluster.engine import open_registry
 from cluster.errors import EngineError
 from cluster.haproxy import STATS_PORT, count_replicas
+from cluster.heap import settle_heap
 from cluster.home import Home
 from cluster.ray_session import serve_http
 from serving.encoder import Encoder, RemoteEncoder
@@ -54,7 +55,9 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the ASGI app; Serve asks for it once the constructor has returned."""
-        return self._replica.build_api()
+        api = self._replica.build_api()
+        settle_heap()
+        return api
 
     def __del__(self) -> None:
         """Finish what is queued for the log; Serve calls this when the replica ends."""
