@@ -217,19 +217,17 @@ def encode_by_length(
 
 
 def _like_lengths(present_BL: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-    """Return which sequences to encode together, and how long the longest of them is: about twice the shortest."""
+    """Return which sequences to encode together, and how long the longest of them is: at most twice the shortest."""
     length_B = torch.where(present_BL.any(1), present_BL.shape[1] - present_BL.int().argmax(1), 1)
+    length_B, order_B = length_B.sort(descending=True)
     groups: list[tuple[torch.Tensor, int]] = []
-    first = 0
-    order_B = length_B.argsort(descending=True)
-    sorted_B = length_B[order_B]
-    while first < len(order_B):
-        longest = int(sorted_B[first])
-        end = int((sorted_B > longest // 2).sum())
-        if int((longest - sorted_B[end:]).sum()) < LEAST_SAVED:
-            end = len(order_B)
-        groups.append((order_B[first:end], longest))
-        first = end
+    while len(order_B):
+        longest = int(length_B[0])
+        alike = int((2 * length_B >= longest).sum())
+        if int((longest - length_B[alike:]).sum()) < LEAST_SAVED:
+            alike = len(order_B)
+        groups.append((order_B[:alike], longest))
+        length_B, order_B = length_B[alike:], order_B[alike:]
     return groups
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cluster.events import KINDS
-from training.models.history import InteractionEmbedding
+from training.models.history import InteractionEmbedding, encode_by_length
 from training.models.two_stage import ModelConfig, TwoStage, build_history_encoder
 
 DIM, LENGTH = 8, 5
@@ -100,6 +100,31 @@ def test_how_long_ago_an_interaction_was_moves_attention(name: str, items: torch
     assert not torch.allclose(encode(items, near)[:, -1], encode(items, far)[:, -1], atol=1e-3)
     plain = Encoded("transformer")
     torch.testing.assert_close(plain(items, near), plain(items, far))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_sequences_of_like_length_are_encoded_together_and_nothing_changes(name: str) -> None:
+    torch.manual_seed(0)
+    encode, widest = (
+        build_history_encoder(ModelConfig(**ENCODERS[name], max_history=64, layers=2, dropout=0.0), DIM),
+        64,
+    )
+    length_B = torch.tensor([3, 60, 0, 33, 1, 64, 2, 7, 31])
+    present_BL = torch.arange(widest) >= widest - length_B.unsqueeze(1)
+    item_BLD = torch.randn(len(length_B), widest, DIM, requires_grad=True)
+    ts_BL = torch.randint(0, 1_000_000, present_BL.shape).sort(1).values
+    shapes: list[tuple[int, int]] = []
+
+    def encode_some(present_BL: torch.Tensor, item_BLD: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
+        shapes.append((present_BL.shape[0], present_BL.shape[1]))
+        return encode(item_BLD, present_BL, ts_BL)
+
+    apart = encode_by_length(encode_some, present_BL, item_BLD, ts_BL)[present_BL]
+    together = encode_some(present_BL, item_BLD, ts_BL)[present_BL]
+    assert shapes == [(3, 64), (1, 31), (5, 7), (9, 64)]
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
+    gradients = [torch.autograd.grad(found.square().sum(), item_BLD)[0] for found in (apart, together)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)
 
 
 def test_the_pool_is_the_running_mean() -> None:
