@@ -87,7 +87,7 @@ def describe(scoreboard: Scoreboard) -> tuple[list[Row], list[Row]]:
         for row in segments
         if row["segment"] == ALL
     ]
-    return metrics + scoreboard.rating_rows(), segments
+    return metrics + scoreboard.rating_rows() + scoreboard.choice_rows(), segments
 
 
 def headlines(segments: list[Row]) -> list[Row]:

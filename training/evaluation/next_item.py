@@ -1,7 +1,7 @@
 """How well the model names the next item: every catalogue item ranked, items the user already has left out.
 
 In:  the dense part, whole tables, a history and which of its interactions to predict.
-Out: one rank an interaction, the list that would be shown in its place, or the rating that it would be given.
+Out: of each its rank, the list that would be shown in its place, how likely it was held, the rating it would be given.
 Knows nothing of training. The prediction of an interaction sees only the user's interactions before it.
 
 Shapes: B interactions to predict, I items, K candidates, D dimension.
@@ -20,6 +20,7 @@ from training.models.blend import blended
 from training.models.ranker import RATING
 from training.models.served import ServedModel
 from training.models.two_stage import TwoStage
+from training.online.predictions import Predictions, Towers
 from training.stream import History, Windows, build_sequences, windows_before
 
 UNRANKED = 0
@@ -114,6 +115,19 @@ def rate_next_items(dense: TwoStage, catalogue: Catalogue, history: History, tar
     user_BD = _user_vectors(dense, catalogue, history, windows)
     item_BD = catalogue.item_ID[torch.from_numpy(history.item_row[targets]).to(user_BD.device)]
     return dense.ranker(user_BD, item_BD, (user_BD * item_BD).sum(dim=-1))[RATING].cpu().numpy()
+
+
+@torch.inference_mode()
+def predict_next_items(dense: TwoStage, catalogue: Catalogue, history: History, targets: np.ndarray) -> Predictions:
+    """Return how likely retrieval held each target among all items, as `list_next_items` takes them.
+
+    As progressive validation has it: those that the user has are not left out, and what is beside has no part in it.
+    """
+    dense.eval()
+    user_BD = _user_vectors(dense, catalogue, history, windows_before(history, targets, dense.config.max_history))
+    found = Towers(dense, catalogue.item_ID, catalogue.user_UD).choices(user_BD, history.item_row[targets])
+    log_p_B, rank_B, confidence_B = (part.cpu().numpy() for part in found)
+    return Predictions(loss_P=-log_p_B, rank_P=rank_B, confidence_P=confidence_B)
 
 
 def _user_vectors(dense: TwoStage, catalogue: Catalogue, history: History, windows: Windows) -> torch.Tensor:

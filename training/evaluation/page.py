@@ -33,6 +33,10 @@ MEANING = {
     "rating_rmse": "root of the mean squared error of estimated ratings",
     "rating_mae": "mean absolute error of estimated ratings",
     "rating_gauc": "rating_auc of each user's own interactions, weighted by their number",
+    "choice_log_loss": "−log of how likely retrieval held what came next, among all items, in nats",
+    "choice_ne": "choice_log_loss over that of guessing by popularity: below 1 is better",
+    "choice_calibration": "how often the likeliest item was expected to be chosen over how often it was: 1 is best",
+    "choice_ece": "mean gap between the two, by how likely it was held",
     "rating_auc": "chance that what was rated 4 or more has a higher estimate than what was rated lower",
 }
 STYLE = """

@@ -88,14 +88,20 @@ def calibration_error(count_C: npt.ArrayLike, predicted_C: npt.ArrayLike, observ
     return float(gap / total) if total else math.nan
 
 
+def by_probability(probability_N: npt.ArrayLike, label_N: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return events, predicted and observed ones of each of `CALIBRATION_BINS` bins, as `calibration_error` takes."""
+    probability, label = np.asarray(probability_N, np.float64), np.asarray(label_N, np.float64)
+    bin_N = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    count_C, predicted_C, observed_C = (
+        np.bincount(bin_N, weights, CALIBRATION_BINS).astype(np.float64) for weights in (None, probability, label)
+    )
+    return count_C, predicted_C, observed_C
+
+
 def click_figures(logit_N: npt.ArrayLike, label_N: npt.ArrayLike, user_N: npt.ArrayLike) -> dict[str, float]:
     """Return `auc`, `gauc`, `log_loss`, `ne`, `calibration` and `ece` of click predictions."""
     logit, label = np.asarray(logit_N, np.float64), np.asarray(label_N, np.float64)
     probability = expit(logit)
-    bin_N = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    count_C, predicted_C, observed_C = (
-        np.bincount(bin_N, weights, CALIBRATION_BINS) for weights in (None, probability, label)
-    )
     loss = log_loss(logit, label)
     return {
         "auc": auc(logit, label),
@@ -103,7 +109,7 @@ def click_figures(logit_N: npt.ArrayLike, label_N: npt.ArrayLike, user_N: npt.Ar
         "log_loss": loss,
         "ne": normalised_entropy(loss, float(label.mean())) if label.size else math.nan,
         "calibration": calibration_ratio(float(probability.sum()), float(label.sum())),
-        "ece": calibration_error(count_C, predicted_C, observed_C),
+        "ece": calibration_error(*by_probability(probability, label)),
     }
 
 

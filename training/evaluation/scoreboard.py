@@ -25,12 +25,13 @@ from embeddings.vocabulary import Vocabulary
 from training.evaluation import beyond_accuracy
 from training.evaluation.leakage import check_excluded, check_time_order
 from training.evaluation.lists import IntArray, find_hits, list_values
-from training.evaluation.metrics import FloatArray, mean_intervals
-from training.evaluation.predictions import auc, group_auc
+from training.evaluation.metrics import FloatArray, mean_interval, mean_intervals
+from training.evaluation.predictions import auc, by_probability, calibration_error, calibration_ratio, group_auc
 from training.evaluation.segments import ALL, Segments, read_attribute, segments_by_attribute, segments_by_history
 from training.evaluation.significance import holm, randomisation_tests
-from training.evaluation.system import Cases, RatingSystem, System
+from training.evaluation.system import Cases, ChoiceSystem, RatingSystem, System
 from training.evaluation.topk import popular_items, top_of_scores
+from training.online.predictions import Predictions
 from training.stream import build_history
 
 K = 10
@@ -56,6 +57,38 @@ class Scoreboard:
     """System to estimated ratings [N], for those that estimate them."""
     rating_N: FloatArray
     """What the rating was; NaN for an interaction that is none."""
+    choices: Mapping[str, Predictions]
+    """System to predictions [N], for those that say how likely a choice is."""
+    popularity_loss_N: FloatArray
+    """The log loss, in nats, of guessing by popularity."""
+
+    def choice_rows(self) -> list[Row]:
+        """Return a row a system and metric of how likely the choices were held that all who say so say something of.
+
+        `choice_ne` is the log loss over that of guessing by popularity; `choice_calibration` how often the item held
+        most likely was expected to be chosen over how often it was, `choice_ece` the mean gap between the two.
+        """
+        losses = {name: found.loss_P for name, found in self.choices.items()}
+        told_N = np.isfinite(np.sum(list(losses.values()), axis=0)) if losses else np.zeros(len(self.user_N), bool)
+        rows = []
+        for name, found in self.choices.items() if told_N.any() else ():
+            loss_N, confidence_N, hit_N = found.loss_P[told_N], found.confidence_P[told_N], found.hits[told_N]
+            interval = mean_interval(loss_N, seed=SEED, groups_N=self.user_N[told_N])
+            figures = {
+                "choice_ne": interval.mean / float(self.popularity_loss_N[told_N].mean()),
+                "choice_calibration": calibration_ratio(float(confidence_N.sum()), float(hit_N.sum())),
+                "choice_ece": calibration_error(*by_probability(confidence_N, hit_N)),
+            }
+            rows += [
+                {"metric": "choice_log_loss", "version": name}
+                | {"value": interval.mean, "low": interval.low, "high": interval.high},
+                *(
+                    {"metric": metric, "version": name, "value": value}
+                    for metric, value in figures.items()
+                    if np.isfinite(value)  # without any hit there is no calibration
+                ),
+            ]
+        return sorted(rows, key=lambda row: row["metric"], reverse=True)
 
     def rating_rows(self) -> list[Row]:
         """Return a row a system and metric of rated interactions that all who estimate ratings say something of."""
@@ -169,6 +202,8 @@ def evaluate(
         items=len(items),
         ratings={name: system.ratings(cases) for name, system in systems.items() if isinstance(system, RatingSystem)},
         rating_N=np.where(history.kind[targets] == KINDS.index("rating"), history.value[targets], np.nan),
+        choices={name: system.choices(cases) for name, system in systems.items() if isinstance(system, ChoiceSystem)},
+        popularity_loss_N=-np.log((owners_I[item_N] + 1) / (owners_I + 1).sum()),
     )
 
 

@@ -27,12 +27,14 @@ from training.evaluation.next_item import (
     Beside,
     Catalogue,
     list_next_items,
+    predict_next_items,
     rank_next_items,
     rate_next_items,
 )
 from training.models.classical import ServedClassical
 from training.models.served import ServedModel
 from training.models.version import TEXT_ROWS, USER_ROWS
+from training.online.predictions import Predictions
 from training.stream import History, Windows
 
 SCORES_AT_ONCE = 16_000_000
@@ -109,6 +111,18 @@ class RatingSystem(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoiceSystem(Protocol):
+    """A system that says also how likely it holds each item to be chosen."""
+
+    def choices(self, cases: Cases) -> Predictions:
+        """Return what it makes of each target [N] among all items; a loss of NaN where nothing can be said.
+
+        It may look at the history before a target.
+        """
+        ...
+
+
 class VersionSystem:
     """A published version of the two-stage model, as it would be served."""
 
@@ -139,11 +153,22 @@ class VersionSystem:
         """Return the rating head's estimates; NaN for a user's first interaction."""
         model, catalogue = self._model, self._catalogue(cases)
         rating_N = np.full(len(cases.targets), np.nan)
-        later_N = np.flatnonzero(~np.isin(cases.targets, cases.history.starts))
-        for start in range(0, len(later_N), MOST_AT_ONCE):
-            chosen = later_N[start : start + MOST_AT_ONCE]
+        for chosen in _in_parts(_later(cases)):
             rating_N[chosen] = rate_next_items(model.dense, catalogue, cases.history, cases.targets[chosen])
         return rating_N
+
+    def choices(self, cases: Cases) -> Predictions:
+        """Return retrieval's predictions; a loss of NaN for a user's first interaction."""
+        model, catalogue = self._model, self._catalogue(cases)
+        count = len(cases.targets)
+        whole = Predictions(
+            loss_P=np.full(count, np.nan), rank_P=np.zeros(count, np.int64), confidence_P=np.full(count, np.nan)
+        )
+        for chosen in _in_parts(_later(cases)):
+            found = predict_next_items(model.dense, catalogue, cases.history, cases.targets[chosen])
+            for name in ("loss_P", "rank_P", "confidence_P"):
+                getattr(whole, name)[chosen] = getattr(found, name)
+        return whole
 
     def _catalogue(self, cases: Cases) -> Catalogue:
         """Return the tables, with a row for each of the cases' users; nothing in it for those it does not know."""
@@ -169,6 +194,16 @@ class ClassicalSystem:
             asked = NextItems(batch.history, batch.targets, items=batch.items, max_history=self._fitted.max_history)
             seen_BI = asked.seen(np.arange(len(asked)))
             yield self._fitted.system.scores(seen_BI, row_U[batch.history.user_row[batch.targets]])
+
+
+def _later(cases: Cases) -> IntArray:
+    """Return the places of the targets that are not their user's first interaction."""
+    return np.flatnonzero(~np.isin(cases.targets, cases.history.starts))
+
+
+def _in_parts(places: IntArray) -> Iterator[IntArray]:
+    for start in range(0, len(places), MOST_AT_ONCE):
+        yield places[start : start + MOST_AT_ONCE]
 
 
 def _by_place(shown_BK: IntArray, items: int) -> npt.NDArray[np.float32]:

@@ -163,7 +163,9 @@ def test_versions_are_compared_with_the_first_and_the_page_stands_alone(build_ho
         assert 0 < other["p"] <= 1
         assert other["p_holm"] == other["p"]  # one comparison
     scored = {(row["version"], row["metric"]): row["value"] for row in found["segments"] if row["segment"] == "all"}
-    assert all(scored[version, name] == row["value"] for (name, version), row in value.items())
+    of_choices = {key: row for key, row in value.items() if key[0].startswith("choice_")}
+    assert of_choices.keys() >= {(f"choice_{name}", "2.0") for name in ("log_loss", "ne")}
+    assert all(scored[key[::-1]] == row["value"] for key, row in value.items() if key not in of_choices)
     assert {row["segment"] for row in found["scores"]} >= {"all", "warm users", "item.domain=default"}
     text = page.read_text("utf-8")
     assert "<svg" in text
@@ -194,6 +196,20 @@ def test_a_versions_ratings_are_those_of_its_rating_head(build_home, tmp_path):
         "rating_gauc": 1 / 2,
         "rating_auc": 1 / 2,
     }
+
+
+def test_a_versions_probabilities_are_retrievals_over_all_items(build_home, tmp_path):
+    tiny = build_home("data.train_fraction=0.5")
+    model = load(tiny)
+    dataset = write_events(tmp_path / "data", tiny, past_and(tiny, 30))
+    board = scoreboard.evaluate({"1.0": VersionSystem(model)}, dataset, np.arange(dataset.info.events) < 30)
+    found, rows = board.choices["1.0"], board.choice_rows()
+    told = np.flatnonzero(np.isfinite(found.loss_P))
+    assert 0 < len(told) <= len(found.loss_P)
+    assert (found.confidence_P[told] >= np.exp(-found.loss_P[told]) - 1e-6).all()
+    assert ((found.rank_P[told] == 1) == np.isclose(found.confidence_P[told], np.exp(-found.loss_P[told]))).all()
+    (loss,) = (row["value"] for row in rows if row["metric"] == "choice_log_loss")
+    assert loss == pytest.approx(found.loss_P[told].mean())
 
 
 def test_a_page_that_cannot_be_written_and_an_unknown_segment_are_errors(build_home, tmp_path, capsys):

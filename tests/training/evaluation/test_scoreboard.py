@@ -13,6 +13,7 @@ from training.baselines.popularity import Popularity
 from training.evaluation import system as system_module
 from training.evaluation.scoreboard import Scoreboard, evaluate
 from training.evaluation.segments import ALL
+from training.online.predictions import Predictions
 
 ITEMS = [f"i{n}" for n in range(24)]
 
@@ -195,6 +196,38 @@ def test_ratings_are_judged_where_there_are_any_and_where_something_is_said_of_t
     assert {row["version"] for row in rows.values()} == {"critic"}
     assert rows["rating_rmse"]["low"] <= rows["rating_rmse"]["value"] <= rows["rating_rmse"]["high"]
     assert evaluate({"popular": popular}, dataset, first(dataset, 160)).rating_rows() == []
+
+
+class Guesser(Fitted):
+    """Holds each choice but a user's newest likely by a quarter; is half sure of one item, which is right for i0."""
+
+    def choices(self, cases):
+        item_N = cases.history.item_row[cases.targets]
+        loss_N = np.full(len(item_N), np.log(4.0))
+        loss_N[np.isin(cases.targets + 1, cases.history.ends)] = np.nan
+        return Predictions(loss_P=loss_N, rank_P=np.where(item_N == 0, 1, 2), confidence_P=np.full(len(item_N), 0.5))
+
+
+def test_probabilities_are_judged_where_something_is_said_of_them(tmp_path):
+    late = [
+        Event(user_id=f"u{user}", item_id=ITEMS[item], kind="click", ts_us=1_000 + place)
+        for place, (user, item) in enumerate(((0, 0), (0, 1), (0, 2), (2, 0), (2, 4), (2, 1)))
+    ]
+    dataset = checkerboard(tmp_path / "data", late=late)
+    guesser = Guesser(Popularity().fit(seen_matrix(np.array([0]), np.array([0]), 20, len(ITEMS))))
+    popular = fitted_on(dataset, 200, Popularity())
+    found = evaluate({"popular": popular, "guesser": guesser}, dataset, first(dataset, 200))
+    rows = {row["metric"]: row for row in found.choice_rows()}
+    assert {row["version"] for row in rows.values()} == {"guesser"}
+    assert rows["choice_log_loss"]["value"] == pytest.approx(np.log(4.0))
+    # Of four choices, the newest of both users being left out, two are i0: half, as it was held likely.
+    assert rows["choice_calibration"]["value"] == pytest.approx(1.0)
+    assert rows["choice_ece"]["value"] == pytest.approx(0.0)
+    pairs = {(event["user_id"], event["item_id"]) for event in dataset.events().slice(0, 200).to_pylist()}
+    owners_I = np.array([sum(item == owned for _, owned in pairs) for item in ITEMS])
+    guessed = [(owners_I[item] + 1) / (owners_I + 1).sum() for item in (0, 1, 0, 4)]
+    assert rows["choice_ne"]["value"] == pytest.approx(np.log(4.0) / -np.log(guessed).mean())
+    assert evaluate({"popular": popular}, dataset, first(dataset, 200)).choice_rows() == []
 
 
 def test_systems_that_do_not_fit_together_are_errors(tmp_path):
