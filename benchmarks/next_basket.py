@@ -11,20 +11,24 @@ after the start of the validation share, from what was bought before it.
 What bounds it: nine in ten products of a basket are repeats or bought by few.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, out of pyright's sight.)
+
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from scipy import sparse
 
 from benchmarks.harness import build_check, build_parser, print_result
-from cluster.dataset import load_dataset
+from cluster.dataset import Dataset, load_dataset
 from cluster.events import INTERACTION_KINDS, KINDS
 from cluster.home import Home
 from cluster.log import Interaction
@@ -32,6 +36,7 @@ from cluster.registry import Registry
 from embeddings.vocabulary import Vocabulary
 from training.baselines.baskets import PersonalFrequency, TifuKnn
 from training.baselines.interface import IntArray, Scores
+from training.baskets.promotions import Promotions
 from training.baskets.purchases import Purchases, Visits
 from training.baskets.ranker import BasketConfig, BasketRanker
 from training.evaluation.lists import find_hits, ndcg
@@ -114,10 +119,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     data, dataset = DataConfig(), load_dataset(args.data)
-    events = dataset.events(["user_id", "item_id", "kind", "value", "ts_us"])
+    events = dataset.events(["user_id", "item_id", "kind", "value", "ts_us", "context"])
     user_ids, item_ids = events["user_id"].unique().to_pylist(), dataset.items()["item_id"].to_pylist()
     users, items = Vocabulary(user_ids, len(user_ids)), Vocabulary(item_ids, len(item_ids))
-    bought = _purchases(events, users, items)
+    bought, promotions = _purchases(events, users, items, dataset)
     cut = [int(len(events) * data.train_fraction * share) for share in (1 - data.validation_fraction, 1.0)]
     times = [int(events["ts_us"][position].as_py()) // 1_000_000 for position in cut]
     validation, test = Task(bought, times[0], times[1]), Task(bought, times[1], np.iinfo(np.int64).max)
@@ -133,7 +138,7 @@ def main() -> None:
         results[name] = {"settings": settings, "validation": found, "tried": len(tried)} | _interval(values[name])
         print(f"{name:36} {results[name]}", file=sys.stderr, flush=True)
         best = max(best, (found, name, build), key=lambda one: one[0])
-    learned = _ranked(_kinds(dataset.items()), validation, test, quick=args.quick)
+    learned = _ranked(_kinds(dataset.items()), promotions, validation, test, quick=args.quick)
     if args.home:
         learned |= _two_stage(args.home, events, users, items, validation, test, best[2])
     for name, (settings, found, value_U) in learned.items():
@@ -156,16 +161,44 @@ def main() -> None:
     print_result(results=results, config=config, checks=checks)
 
 
-def _purchases(events: pa.Table, users: Vocabulary, items: Vocabulary) -> Purchases:
+def _purchases(
+    events: pa.Table, users: Vocabulary, items: Vocabulary, dataset: Dataset
+) -> tuple[Purchases, dict[str, Promotions]]:
+    """Return what was bought, with all that is told of it, and the promotions of each kind."""
     kept = events.filter(pa.array([kind in INTERACTION_KINDS for kind in events["kind"].to_pylist()]))
-    return Purchases(
+    told = {name: pc.map_lookup(kept["context"], name, "first") for name in ("place", "saved")}
+    place_ids = told["place"].drop_null().unique().to_pylist()
+    places = Vocabulary(place_ids, len(place_ids))
+    promotions = {kind: _promotions(dataset.promotions(kind), items, places) for kind in dataset.promotion_kinds()}
+    bought = Purchases(
         user_row=users.rows(kept["user_id"]),
         item_row=items.rows(kept["item_id"]),
         ts_s=kept["ts_us"].to_numpy() // 1_000_000,
         users=len(users),
         items=len(items),
         paid=kept["value"].to_numpy(zero_copy_only=False),
+        place=places.rows(told["place"].fill_null("")),
     )
+    assert bought.place is not None
+    besides = {name: on.at(bought.place, bought.item_row, bought.ts_s) * 1.0 for name, on in promotions.items()}
+    if told["saved"].null_count == 0:
+        besides["saved"] = told["saved"].cast(pa.float64()).to_numpy()
+    return replace(bought, besides=besides), promotions
+
+
+def _promotions(told: pa.Table, items: Vocabulary, places: Vocabulary) -> Promotions:
+    place_N, item_N = _rows(told["place"], places), _rows(told["item_id"], items)
+    is_known_N = (place_N >= 0) & (item_N >= 0)
+    from_s_N, until_s_N = (told[name].to_numpy()[is_known_N] // 1_000_000 for name in ("from_us", "until_us"))
+    return Promotions.of(
+        place_N[is_known_N], item_N[is_known_N], from_s_N, until_s_N, places=len(places), items=len(items)
+    )
+
+
+def _rows(column: pa.ChunkedArray, vocabulary: Vocabulary) -> IntArray:
+    """Return the row of each of millions of ids, of which few differ."""
+    coded = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    return vocabulary.rows(coded.dictionary.to_pylist())[coded.indices.to_numpy()]
 
 
 def _systems(*, quick: bool) -> dict[str, list[tuple[Json, Callable[[], BasketSystem]]]]:
@@ -191,12 +224,14 @@ def _kinds(catalogue: pa.Table) -> IntArray:
     return np.unique(kinds, return_inverse=True)[1]
 
 
-def _ranked(kind_I: IntArray, validation: Task, test: Task, *, quick: bool) -> dict[str, Learned]:
+def _ranked(
+    kind_I: IntArray, promotions: dict[str, Promotions], validation: Task, test: Task, *, quick: bool
+) -> dict[str, Learned]:
     """Return the learned ranker's figures."""
     config = BasketConfig(cuts=2, rounds=20) if quick else BasketConfig()
     values = []
     for task in (validation, test):
-        ranker = BasketRanker(kind_I, config).fit(task.known)
+        ranker = BasketRanker(kind_I, config, promotions).fit(task.known)
         values.append(task.ndcg(lambda rows, ranker=ranker, task=task: ranker.scores(rows, task.at_s(rows))))
     return {"learned ranker": (asdict(config), float(values[0].mean()), values[1])}
 

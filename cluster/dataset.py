@@ -4,6 +4,7 @@
         events/part-*.parquet  EVENT_SCHEMA, ordered by time; equal times keep the order they were given in
         items.parquet          ITEM_SCHEMA, one row an item
         users.parquet          USER_SCHEMA, one row a user
+        promotions.parquet     PROMOTION_SCHEMA: what was on display or in a mailer, where and when (only where told)
         rejected.parquet       raw rows that were refused, with the reason (only where there are any)
 
 In:  Arrow tables.  Out: `Dataset`, which reads them back.
@@ -50,6 +51,17 @@ USER_SCHEMA = pa.schema(
         pa.field("attributes", pa.map_(pa.string(), pa.string()), nullable=False),
     ]
 )
+PROMOTION_SCHEMA = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("from_us", pa.int64(), nullable=False),
+        pa.field("until_us", pa.int64(), nullable=False),
+    ]
+)
+"""`place` is what events say in their context under the same name. One item's of a kind at a place do not overlap."""
+PROMOTIONS = "promotions.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +112,9 @@ class Dataset:
     def fingerprint(self) -> str:
         """Identify the content; a dataset prepared anew alike keeps it. The description states the events' digest."""
         digest = hashlib.sha256()
-        for name in ("dataset.json", "items.parquet", "users.parquet"):
-            digest.update((self.path / name).read_bytes())
+        for name in ("dataset.json", "items.parquet", "users.parquet", PROMOTIONS):
+            if name != PROMOTIONS or (self.path / name).exists():
+                digest.update((self.path / name).read_bytes())
         return digest.hexdigest()
 
     def items(self) -> pa.Table:
@@ -111,6 +124,22 @@ class Dataset:
     def users(self) -> pa.Table:
         """Read the user table."""
         return _read_parquet(self.path / "users.parquet", USER_SCHEMA)
+
+    def promotions(self, kind: str) -> pa.Table:
+        """Read the promotions of a kind; none where nothing is told."""
+        path = self.path / PROMOTIONS
+        if not path.exists():
+            return PROMOTION_SCHEMA.empty_table()
+        try:
+            return pq.read_table(path, filters=[("kind", "=", kind)], read_dictionary=["item_id", "place"])
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
+
+    def promotion_kinds(self) -> list[str]:
+        """Return the kinds of promotions that are told, in order."""
+        path = self.path / PROMOTIONS
+        kinds = pq.read_table(path, columns=["kind"], read_dictionary=["kind"])["kind"] if path.exists() else None
+        return [] if kinds is None else sorted(kinds.unique().to_pylist())
 
 
 def write_dataset(
@@ -125,6 +154,7 @@ def write_dataset(
     rejected: Mapping[str, int],
     rejected_rows: pa.Table | None = None,
     facts: Mapping[str, float] | None = None,
+    promotions: pa.Table | None = None,
 ) -> Dataset:
     """Write a dataset folder whole or not at all, replacing the dataset that was there.
 
@@ -135,6 +165,8 @@ def write_dataset(
     events = _sorted_by_time(_conform("events", events, EVENT_SCHEMA, "event_id"))
     items = _conform("items", items, ITEM_SCHEMA, "item_id")
     users = _conform("users", users, USER_SCHEMA, "user_id")
+    if promotions is not None and (missing := set(PROMOTION_SCHEMA.names) - set(promotions.column_names)):
+        raise DataError(f"promotions: column {min(missing)!r} is missing")
     kinds = events["kind"].value_counts().to_pylist()
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
@@ -162,6 +194,8 @@ def write_dataset(
         pq.write_table(users, draft / "users.parquet", compression="zstd")
         if rejected_rows is not None and rejected_rows.num_rows:
             pq.write_table(rejected_rows, draft / "rejected.parquet", compression="zstd")
+        if promotions is not None:
+            pq.write_table(promotions.select(PROMOTION_SCHEMA.names), draft / PROMOTIONS, compression="zstd")
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (draft / "dataset.json").write_text(text + "\n", encoding="utf-8")
         replace_folder(draft, path)
@@ -182,6 +216,8 @@ def load_dataset(path: str | Path) -> Dataset:
         "items": _check_parquet(path / "items.parquet", ITEM_SCHEMA),
         "users": _check_parquet(path / "users.parquet", USER_SCHEMA),
     }
+    if (path / PROMOTIONS).exists():
+        _check_parquet(path / PROMOTIONS, PROMOTION_SCHEMA)
     for table, rows in counted.items():
         stated = getattr(info, table)
         if rows != stated:

@@ -9,12 +9,14 @@ bought, the features of own purchases are NaN.
 Shapes: N purchases, U users, I items, P pairs of user and item (or category), C candidates, F features.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from training.baselines.interface import IntArray
+from training.baskets.promotions import Promotions
 from training.baskets.purchases import FloatArray, Purchases
 
 DAY_S, HOUR_S = 86_400, 3_600
@@ -36,8 +38,9 @@ LIFT_PRIOR = 20.0
 LEAST_GAP_DAYS = 0.5
 LEAST = 1e-9
 """What nothing divides by."""
+WEEK_S = 7 * DAY_S
 
-NAMES = (
+GENERAL = (
     *(f"own_decay_{days}d" for days in HALF_LIVES_DAYS),
     *(f"own_decay_{decay}_a_basket" for decay in BASKET_DECAYS),
     "own_count",
@@ -76,6 +79,15 @@ NAMES = (
 )
 
 
+def feature_names(besides: Iterable[str], promotions: Iterable[str]) -> list[str]:
+    """Return the names of the features, given what else is known of purchases and which promotions are."""
+    return [
+        *GENERAL,
+        *(f"{whose}_{name}" for name in besides for whose in ("own", "user", "item", "item_lately")),
+        *(f"{when}_{name}" for name in promotions for when in ("here", "here_a_week_before", "share_of_places")),
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemFacts:
     """What is known of items alone, at a time."""
@@ -92,6 +104,8 @@ class ItemFacts:
     """How much likelier those of a category are about an hour."""
     popular: IntArray
     """What most users bought in the last four weeks, most first."""
+    besides: Mapping[str, FloatArray]
+    """The mean of what else is known of purchases, ever and lately, [I, 2] each; NaN where there were none."""
 
     @classmethod
     def of(cls, bought: Purchases, category_I: IntArray) -> "ItemFacts":
@@ -114,6 +128,7 @@ class ItemFacts:
             category_I[bought.item_row], bought.ts_s % DAY_S // HOUR_S, int(category_I.max(initial=0)) + 1, 24
         )
         hours = np.arange(24)
+        lately = int(np.searchsorted(bought.ts_s, now_s - PAID_DAYS[1] * DAY_S, "right"))
         is_about = np.abs(hours[:, None] - hours) < ABOUT_HOURS
         return cls(
             category_I=category_I,
@@ -122,7 +137,19 @@ class ItemFacts:
             weekday_lift_I7=_lift(_counts(bought.item_row, bought.ts_s // DAY_S % 7, bought.items, 7)),
             hour_lift_C24=_lift(about_CH @ is_about),
             popular=popular[month_I[popular] > 0],
+            besides={
+                name: np.stack(
+                    [_means(bought.item_row[since:], value_N[since:], bought.items) for since in (0, lately)], axis=1
+                )
+                for name, value_N in bought.besides.items()
+            },
         )
+
+
+def _means(row_N: IntArray, value_N: FloatArray, rows: int) -> FloatArray:
+    """Return the mean value of each row, [R]; NaN for one without."""
+    count_R = np.bincount(row_N, minlength=rows)
+    return np.where(count_R > 0, np.bincount(row_N, value_N, rows) / np.maximum(count_R, 1), np.nan)
 
 
 def _counts(row_N: IntArray, column_N: IntArray, rows: int, columns: int) -> FloatArray:
@@ -202,17 +229,19 @@ class _Pairs:
         return value_P
 
 
-def find_candidates(bought: Purchases, visit_s_U: IntArray, facts: ItemFacts) -> Candidates:
+def find_candidates(
+    bought: Purchases, visit_s_U: IntArray, facts: ItemFacts, promotions: Mapping[str, Promotions] | None = None
+) -> Candidates:
     """Return the candidates of each user of `bought`, whose next visits are after all of it.
 
-    Users who bought nothing have what is popular.
+    Users who bought nothing have what is popular. Where somebody will buy is taken to be where they mostly do.
     """
     past = _Past(bought, visit_s_U)
     own = _Pairs(past, bought.item_row, bought.items)
     chosen_K = _newest_own(own)
     user_X, item_X = _popular_others(own, bought, facts.popular)
     user_C, item_C = np.concatenate([own.user_P[chosen_K], user_X]), np.concatenate([own.thing_P[chosen_K], item_X])
-    own_KF = _own_features(own, past, facts.usual_I)[chosen_K]
+    own_KF = np.concatenate([_own_features(own, past, facts.usual_I), _own_besides(own, bought)], axis=1)[chosen_K]
     own_CF = np.concatenate([own_KF, np.full((len(user_X), own_KF.shape[1]), np.nan)])
     faded_C = np.concatenate([own.faded_P[chosen_K], np.full(len(user_X), np.nan)])
     order = np.argsort(user_C, kind="stable")
@@ -224,9 +253,18 @@ def find_candidates(bought: Purchases, visit_s_U: IntArray, facts: ItemFacts) ->
     weekday_C, hour_C = (visit_s_U // DAY_S % 7)[user_C], (visit_s_U % DAY_S // HOUR_S)[user_C]
     beside = [faded_C / np.maximum(category_CF[:, 0], LEAST), own_CF[:, 0] / most_U[user_C]]
     lifts = [facts.weekday_lift_I7[item_C, weekday_C], facts.hour_lift_C24[category_C, hour_C]]
-    parts = [own_CF, np.stack(beside, 1), category_CF, facts.feature_IF[item_C], np.stack(lifts, 1)]
-    feature_CF = np.concatenate([*parts, _user_features(past)[user_C]], axis=1).astype(np.float32)
-    assert feature_CF.shape[1] == len(NAMES)
+    general_CF, own_besides_CX = np.split(own_CF, [own_CF.shape[1] - len(bought.besides)], axis=1)
+    parts = [general_CF, np.stack(beside, 1), category_CF, facts.feature_IF[item_C], np.stack(lifts, 1)]
+    parts.append(_user_features(past)[user_C])
+    for column, (name, value_N) in enumerate(bought.besides.items()):
+        user_mean_U = _means(bought.user_row, value_N, bought.users)
+        parts += [own_besides_CX[:, [column]], user_mean_U[user_C, None], facts.besides[name][item_C]]
+    place_C, at_s_C = bought.usual_places()[user_C], visit_s_U[user_C]
+    for kind in (promotions or {}).values():
+        here = [kind.at(place_C, item_C, at_s) for at_s in (at_s_C, at_s_C - WEEK_S)]
+        parts.append(np.stack([*here, kind.share_of_places(item_C, at_s_C)], axis=1))
+    feature_CF = np.concatenate(parts, axis=1).astype(np.float32)
+    assert feature_CF.shape[1] == len(feature_names(bought.besides, promotions or ()))
     return Candidates(user_C=user_C, item_C=item_C, feature_CF=feature_CF)
 
 
@@ -263,6 +301,11 @@ def _own_features(own: _Pairs, past: _Past, usual_I: FloatArray) -> FloatArray:
         *(own.total(weight_N) / own.count_P for weight_N in (past.on_weekday_N, past.about_hour_N, over_N)),
     ]
     return np.stack(columns, axis=1)
+
+
+def _own_besides(own: _Pairs, bought: Purchases) -> FloatArray:
+    columns = [own.total(value_N) / own.count_P for value_N in bought.besides.values()]
+    return np.stack(columns, axis=1) if columns else np.empty((len(own.count_P), 0))
 
 
 def _category_features(past: _Past, category_I: IntArray, user_C: IntArray, category_C: IntArray) -> FloatArray:

@@ -6,7 +6,8 @@ Knows nothing of ids, features or models. A basket is what a user bought at one 
 Shapes: N purchases, U users, I items.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,10 @@ class Purchases:
     items: int
     paid: FloatArray | None = None
     """What each cost, in any currency; NaN where it is not known."""
+    place: IntArray | None = None
+    """Where each was bought; below 0 where it is not known."""
+    besides: Mapping[str, FloatArray] = field(default_factory=dict)
+    """What else is known of each, such as the share of its price that was saved, by name; [N] each."""
 
     def before(self, ts_s: int) -> "Purchases":
         """Return the purchases before a time."""
@@ -41,12 +46,25 @@ class Purchases:
             item_row=self.item_row[is_kept],
             ts_s=self.ts_s[is_kept],
             paid=None if self.paid is None else self.paid[is_kept],
+            place=None if self.place is None else self.place[is_kept],
+            besides={name: value_N[is_kept] for name, value_N in self.besides.items()},
         )
 
     def summed(self, weight_N: FloatArray) -> sparse.csr_array:
         """Return the weights added up by user and item, [U, I]."""
         shape = (self.users, self.items)
         return sparse.csr_array(sparse.coo_array((weight_N, (self.user_row, self.item_row)), shape=shape))
+
+    def usual_places(self) -> IntArray:
+        """Return where each user bought most often, [U]; −1 where that is not known."""
+        place_U = np.full(self.users, -1)
+        if self.place is None or not (is_told := self.place >= 0).any():
+            return place_U
+        places = int(self.place.max()) + 1
+        pair_P, count_P = np.unique(self.user_row[is_told] * places + self.place[is_told], return_counts=True)
+        rising = np.argsort(count_P, kind="stable")  # of equal users the last assignment stays
+        place_U[pair_P[rising] // places] = pair_P[rising] % places
+        return place_U
 
     def ages(self) -> IntArray:
         """Return how many of the same user's baskets come after the one of each purchase, [N]."""

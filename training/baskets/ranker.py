@@ -9,6 +9,7 @@ Trees are LightGBM's, fitted to NDCG of lists (LambdaMART; Burges, MSR-TR-2010-8
 """
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from cluster.errors import ConfigError, DataError
 from training.baselines.interface import IntArray, Scores
-from training.baskets.features import DAY_S, NAMES, Candidates, ItemFacts, find_candidates
+from training.baskets.features import DAY_S, Candidates, ItemFacts, feature_names, find_candidates
+from training.baskets.promotions import Promotions
 from training.baskets.purchases import Purchases, Visits
 
 
@@ -49,11 +51,18 @@ class BasketConfig:
 
 
 class BasketRanker:
-    """LambdaMART over `NAMES`."""
+    """LambdaMART over what tells of the next visit (features.py)."""
 
-    def __init__(self, category_I: IntArray, config: BasketConfig | None = None) -> None:
+    def __init__(
+        self,
+        category_I: IntArray,
+        config: BasketConfig | None = None,
+        promotions: Mapping[str, Promotions] | None = None,
+    ) -> None:
+        """Promotions are those of the past and, as far as they are known, of the visits that will be asked for."""
         self.config = config or BasketConfig()
         self._category_I = category_I
+        self._promotions = promotions or {}
 
     def fit(self, bought: Purchases) -> Self:
         """Learn from visits before the newest purchase.
@@ -97,7 +106,10 @@ class BasketRanker:
             "verbose": -1,
         }
         data = lgb.Dataset(
-            np.concatenate(features), np.concatenate(labels), group=np.concatenate(counts), feature_name=list(NAMES)
+            np.concatenate(features),
+            np.concatenate(labels),
+            group=np.concatenate(counts),
+            feature_name=feature_names(bought.besides, self._promotions),
         )
         self.trees = lgb.train(parameters, data, num_boost_round=config.rounds)
         self._known, self._facts = bought, ItemFacts.of(bought, self._category_I)
@@ -110,11 +122,10 @@ class BasketRanker:
         score_BI[found.user_C, found.item_C] = np.asarray(self.trees.predict(found.feature_CF))
         return score_BI
 
-    @staticmethod
-    def _candidates(bought: Purchases, users: IntArray, at_s: IntArray, facts: ItemFacts) -> Candidates:
+    def _candidates(self, bought: Purchases, users: IntArray, at_s: IntArray, facts: ItemFacts) -> Candidates:
         """Return the candidates of some users, by their place among these."""
         place_U = np.full(bought.users, -1)
         place_U[users] = np.arange(len(users))
         theirs = bought.where(place_U[bought.user_row] >= 0)
         own = replace(theirs, user_row=place_U[theirs.user_row], users=len(users))
-        return find_candidates(own, at_s, facts)
+        return find_candidates(own, at_s, facts, self._promotions)

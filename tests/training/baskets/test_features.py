@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training.baskets.features import DAY_S, NAMES, Candidates, ItemFacts, find_candidates
+from training.baskets.features import DAY_S, GENERAL, Candidates, ItemFacts, feature_names, find_candidates
+from training.baskets.promotions import Promotions
 from training.baskets.purchases import Purchases
 
 HOUR_S = 3_600
@@ -33,7 +34,7 @@ def found() -> Candidates:
 
 def features(found: Candidates, user: int, item: int) -> dict[str, float]:
     (place,) = np.flatnonzero((found.user_C == user) & (found.item_C == item))
-    return dict(zip(NAMES, found.feature_CF[place].tolist(), strict=True))
+    return dict(zip(GENERAL, found.feature_CF[place].tolist(), strict=True))
 
 
 def test_candidates_are_what_was_bought_and_what_is_popular_once_each(found: Candidates) -> None:
@@ -66,7 +67,7 @@ def test_day_of_the_week_and_hour_are_those_of_the_visit() -> None:
     bought = purchases((0, 0, 0), (0, 0, 7), (0, 0, 8), (0, 0, 8 + 6 / 24), users=1)
     visit_s = np.array([14 * DAY_S + 2 * HOUR_S])
     (first, *_) = find_candidates(bought, visit_s, ItemFacts.of(bought, CATEGORY_I)).feature_CF.tolist()
-    told = dict(zip(NAMES, first, strict=True))
+    told = dict(zip(GENERAL, first, strict=True))
     assert told["own_share_on_weekday"] == 2 / 4
     assert told["own_share_about_hour"] == 3 / 4
     assert (told["weekday"], told["hour"]) == (0, 2)
@@ -124,10 +125,44 @@ def test_days_and_hours_are_told_as_shares_over_everybodys() -> None:
     assert features(early, 1, 2)["share_of_baskets_on_weekday"] == pytest.approx(1 / 7)
 
 
+def test_what_else_is_known_of_purchases_is_told_as_means_of_the_pair_the_user_and_the_item() -> None:
+    saved = np.array([0.5, 0.0, 0.2, 0.1, 0.4, 0.0, 0.0, 0.3])
+    bought = replace(BOUGHT, besides={"saved": saved})
+    told = find_candidates(bought, VISIT_S_U, ItemFacts.of(bought, CATEGORY_I))
+    names = feature_names(["saved"], [])
+    (place,) = np.flatnonzero((told.user_C == 0) & (told.item_C == 2))
+    found = dict(zip(names, told.feature_CF[place].tolist(), strict=True))
+    assert found["own_saved"] == pytest.approx(0.3)
+    assert found["user_saved"] == pytest.approx((0.5 + 0.0 + 0.1 + 0.0 + 0.3) / 5)
+    assert found["item_saved"] == pytest.approx((0.2 + 0.4 + 0.3) / 3)
+    assert found["item_lately_saved"] == pytest.approx(0.3)  # since day 16
+    (never,) = np.flatnonzero((told.user_C == 2) & (told.item_C == 2))
+    assert np.isnan(told.feature_CF[never, names.index("own_saved")])
+
+
+def test_promotions_are_those_where_the_user_mostly_buys_when_they_come() -> None:
+    bought = replace(BOUGHT, place=np.array([1, 1, 0, 1, 0, 0, 0, 1]))
+    on = Promotions.of(
+        np.array([1, 0]),
+        np.array([0, 0]),
+        np.array([20, 10]) * DAY_S,
+        np.array([27, 17]) * DAY_S,
+        places=2,
+        items=5,
+    )
+    told = find_candidates(bought, VISIT_S_U, ItemFacts.of(bought, CATEGORY_I), {"mailer": on})
+    names = feature_names([], ["mailer"])
+    place = {(user, item): n for n, (user, item) in enumerate(zip(told.user_C, told.item_C, strict=True))}
+    last = [told.feature_CF[place[user, 0], -3:].tolist() for user in range(3)]
+    assert names[-3:] == ["here_mailer", "here_a_week_before_mailer", "share_of_places_mailer"]
+    # User 0 buys at place 1 and comes on day 24; user 1 at place 0, on day 22; of user 2 nothing is known.
+    assert last == [[1, 0, 0.5], [0, 1, 0.5], [0, 0, 0]]
+
+
 def test_user_who_bought_nothing_has_what_is_popular_and_nothing_of_their_own(found: Candidates) -> None:
     told = features(found, 2, 0)
     assert (told["baskets"], told["category_decay"]) == (0, 0)
-    assert np.isnan([told[name] for name in NAMES if name.startswith("own_")]).all()
+    assert np.isnan([told[name] for name in GENERAL if name.startswith("own_")]).all()
     nothing = purchases(users=2)
     alone = find_candidates(nothing, np.zeros(2, np.int64), ItemFacts.of(BOUGHT, CATEGORY_I))
     assert len(alone.user_C) == 8

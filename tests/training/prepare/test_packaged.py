@@ -59,11 +59,22 @@ def test_lines_of_receipts_are_purchases_and_what_was_returned_is_counted(packag
         "product_id": [5, 6, 5],
         "quantity": [1, 2, 0],
         "sales_value": [1.5, 3.0, 0.0],
-        "transaction_timestamp": bought,
+        "transaction_timestamp": [*bought[:2], dt.datetime(2017, 1, 2, 5, 30)],
+        "store_id": [31, 32, 31],
+        "retail_disc": [0.5, 0.0, 0.0],
+        "week": [1, 1, 2],
+    }
+    promoted = {
+        "product_id": [5, 5, 99],
+        "store_id": [31, 32, 31],
+        "display_location": ["3", "0", "1"],
+        "mailer_location": ["0", "A", "A"],
+        "week": [1, 2, 1],
     }
     products = {"product_id": [5], "department": ["GROCERY"], "product_category": ["BREAD"], "product_type": ["RYE"]}
     pd.DataFrame(lines).to_parquet(folder / "transactions.parquet")
     pd.DataFrame(products).to_parquet(folder / "products.parquet")
+    pd.DataFrame(promoted).to_parquet(folder / "promotions.parquet")
     pd.DataFrame({"household_id": [900], "age": ["35-44"]}).to_parquet(folder / "demographics.parquet")
     dataset = prepare_complete_journey(tmp_path / "out")
     events = dataset.events().to_pylist()
@@ -72,6 +83,17 @@ def test_lines_of_receipts_are_purchases_and_what_was_returned_is_counted(packag
         ("900", "5", "purchase", 1.5),
     ]
     assert events[0]["ts_us"] == 1_483_272_000_000_000  # 2017-01-01 12:00 UTC
+    assert [dict(event["context"]) for event in events] == [
+        {"place": "32", "saved": "0"},
+        {"place": "31", "saved": "0.25"},
+    ]
+    monday_us = 1_483_333_200_000_000  # 2017-01-02 05:00 UTC, the hour of the second week's first receipt
+    week_us = 7 * 86_400 * 1_000_000
+    assert dataset.promotion_kinds() == ["display", "mailer"]
+    assert [[tuple(row.values()) for row in dataset.promotions(k).to_pylist()] for k in ("display", "mailer")] == [
+        [("5", "display", "31", monday_us - week_us, monday_us)],
+        [("5", "mailer", "32", monday_us, monday_us + week_us)],
+    ]
     assert dataset.info.rejected == {"nothing bought": 1}
     assert {item["item_id"]: item["text"] for item in dataset.items().to_pylist()} == {
         "5": "RYE. BREAD. GROCERY",
