@@ -159,22 +159,22 @@ class ItemFacts:
 def _bought_again(bought: Purchases) -> FloatArray:
     """Return how often each item is bought again within `AGAIN_BASKETS`, and the mean days until then, [I, A + 1].
 
-    Both are drawn to those of all items where there are few purchases.
+    All are drawn to those of all items where there are few purchases.
     """
     pair_N, age_N = bought.user_row * bought.items + bought.item_row, bought.ages()
     order = np.lexsort((-age_N, pair_N))
-    pair_N, age_N, ts_s = pair_N[order], age_N[order], bought.ts_s[order]
-    is_new = np.r_[True, (pair_N[1:] != pair_N[:-1]) | (age_N[1:] != age_N[:-1])] if len(pair_N) else np.ones(0, bool)
-    pair_N, age_N, ts_s = pair_N[is_new], age_N[is_new], ts_s[is_new]  # once a basket
-    item_N = pair_N % bought.items
-    comes_N = np.r_[pair_N[1:] == pair_N[:-1], False] if len(pair_N) else np.ones(0, bool)
-    baskets_N = np.where(comes_N, age_N - np.r_[age_N[1:], 0], np.iinfo(np.int64).max) if len(pair_N) else age_N
-    days_N = np.r_[np.diff(ts_s), 0] / DAY_S if len(ts_s) else ts_s / DAY_S
-    columns = []
-    for most in AGAIN_BASKETS:
-        has_N = age_N >= most  # so many baskets came after it
-        columns.append(_drawn_means(item_N[has_N], (baskets_N[has_N] <= most) * 1.0, bought.items))
-    return np.stack([*columns, _drawn_means(item_N[comes_N], days_N[comes_N], bought.items)], axis=1)
+    once = order[np.flatnonzero(np.diff(pair_N[order], prepend=-1) | np.diff(age_N[order], prepend=-1))]
+    pair_N, age_N, item_N = pair_N[once], age_N[once], bought.item_row[once]  # once a basket
+    day_N: FloatArray = bought.ts_s[once] / DAY_S
+    again = np.flatnonzero(np.diff(pair_N) == 0)  # the next entry is the same user's of the same item
+    baskets_N = np.full(len(once), np.inf)
+    baskets_N[again] = age_N[again] - age_N[again + 1]
+    columns = [
+        _drawn_means(item_N[age_N >= most], (baskets_N[age_N >= most] <= most).astype(np.float64), bought.items)
+        for most in AGAIN_BASKETS  # where so many baskets came after it
+    ]
+    columns.append(_drawn_means(item_N[again], day_N[again + 1] - day_N[again], bought.items))
+    return np.stack(columns, axis=1)
 
 
 def _drawn_means(row_N: IntArray, value_N: FloatArray, rows: int) -> FloatArray:
