@@ -25,7 +25,7 @@ BASKET_DECAYS = (0.8, 0.93, 0.98)
 """Of a purchase's weight with each later basket."""
 RECENT_BASKETS = (5, 15)
 CHOOSING_HALF_LIFE_DAYS = 45
-OWN, POPULAR = 150, 60
+OWN, POPULAR = 80, 30
 """Most candidates of a user from own purchases, and from everybody's."""
 WINDOWS_DAYS = (7, 28, 90)
 """Back from the present, in which buyers of an item are counted."""
@@ -36,10 +36,6 @@ LATELY_DAYS = 3
 LIFT_PRIOR = 20.0
 """Purchases as all are, that are added to an item's."""
 LEAST_GAP_DAYS = 0.5
-AGAIN_BASKETS = (1, 5)
-"""Of a user after one with an item, in which it is bought again."""
-AGAIN_PRIOR = 20.0
-"""Purchases as all are, that are added to an item's."""
 LEAST = 1e-9
 """What nothing divides by."""
 WEEK_S = 7 * DAY_S
@@ -70,9 +66,6 @@ GENERAL = (
     "trend",
     "days_trend",
     "paid_lately_over_usual",
-    *(f"bought_again_within_{count}_baskets" for count in AGAIN_BASKETS),
-    "days_until_again",
-    "own_days_since_over_days_until_again",
     "weekday_lift",
     "category_hour_lift",
     "baskets",
@@ -111,8 +104,6 @@ class ItemFacts:
     """How much likelier those of a category are about an hour."""
     popular: IntArray
     """What most users bought in the last four weeks, most first."""
-    again_IA: FloatArray
-    """How often it is bought again within so many baskets of the user's, and the mean days until then."""
     besides: Mapping[str, FloatArray]
     """The mean of what else is known of purchases, ever and lately, [I, 2] each; NaN where there were none."""
 
@@ -146,7 +137,6 @@ class ItemFacts:
             weekday_lift_I7=_lift(_counts(bought.item_row, bought.ts_s // DAY_S % 7, bought.items, 7)),
             hour_lift_C24=_lift(about_CH @ is_about),
             popular=popular[month_I[popular] > 0],
-            again_IA=_bought_again(bought),
             besides={
                 name: np.stack(
                     [_means(bought.item_row[since:], value_N[since:], bought.items) for since in (0, lately)], axis=1
@@ -154,34 +144,6 @@ class ItemFacts:
                 for name, value_N in bought.besides.items()
             },
         )
-
-
-def _bought_again(bought: Purchases) -> FloatArray:
-    """Return how often each item is bought again within `AGAIN_BASKETS`, and the mean days until then, [I, A + 1].
-
-    All are drawn to those of all items where there are few purchases.
-    """
-    pair_N, age_N = bought.user_row * bought.items + bought.item_row, bought.ages()
-    order = np.lexsort((-age_N, pair_N))
-    once = order[np.flatnonzero(np.diff(pair_N[order], prepend=-1) | np.diff(age_N[order], prepend=-1))]
-    pair_N, age_N, item_N = pair_N[once], age_N[once], bought.item_row[once]  # once a basket
-    day_N: FloatArray = bought.ts_s[once] / DAY_S
-    again = np.flatnonzero(np.diff(pair_N) == 0)  # the next entry is the same user's of the same item
-    baskets_N = np.full(len(once), np.inf)
-    baskets_N[again] = age_N[again] - age_N[again + 1]
-    columns = [
-        _drawn_means(item_N[age_N >= most], (baskets_N[age_N >= most] <= most).astype(np.float64), bought.items)
-        for most in AGAIN_BASKETS  # where so many baskets came after it
-    ]
-    columns.append(_drawn_means(item_N[again], day_N[again + 1] - day_N[again], bought.items))
-    return np.stack(columns, axis=1)
-
-
-def _drawn_means(row_N: IntArray, value_N: FloatArray, rows: int) -> FloatArray:
-    """Return the mean value of each row, drawn to that of all."""
-    count_R, sum_R = np.bincount(row_N, minlength=rows), np.bincount(row_N, value_N, rows)
-    every = value_N.mean() if len(value_N) else 0.0
-    return (sum_R + AGAIN_PRIOR * every) / (count_R + AGAIN_PRIOR)
 
 
 def _means(row_N: IntArray, value_N: FloatArray, rows: int) -> FloatArray:
@@ -292,11 +254,7 @@ def find_candidates(
     beside = [faded_C / np.maximum(category_CF[:, 0], LEAST), own_CF[:, 0] / most_U[user_C]]
     lifts = [facts.weekday_lift_I7[item_C, weekday_C], facts.hour_lift_C24[category_C, hour_C]]
     general_CF, own_besides_CX = np.split(own_CF, [own_CF.shape[1] - len(bought.besides)], axis=1)
-    again_CA = facts.again_IA[item_C]
-    days_since_C = general_CF[:, GENERAL.index("own_days_since")]
-    overdue_C = days_since_C / np.maximum(again_CA[:, -1], LEAST_GAP_DAYS)
-    parts = [general_CF, np.stack(beside, 1), category_CF, facts.feature_IF[item_C]]
-    parts += [again_CA, overdue_C[:, None], np.stack(lifts, 1)]
+    parts = [general_CF, np.stack(beside, 1), category_CF, facts.feature_IF[item_C], np.stack(lifts, 1)]
     parts.append(_user_features(past)[user_C])
     for column, (name, value_N) in enumerate(bought.besides.items()):
         user_mean_U = _means(bought.user_row, value_N, bought.users)

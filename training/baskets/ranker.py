@@ -26,14 +26,14 @@ from training.baskets.purchases import Purchases, Visits
 class BasketConfig:
     """What visits are learned from, and how."""
 
-    cuts: int = 14
+    cuts: int = 12
     """Times after which each user's first visit is learned."""
-    days_between_cuts: int = 10
-    rounds: int = 400
+    days_between_cuts: int = 7
+    rounds: int = 300
     """Trees."""
     learning_rate: float = 0.05
-    leaves: int = 31
-    least_in_leaf: int = 200
+    leaves: int = 63
+    least_in_leaf: int = 300
     """Candidates a leaf must hold."""
     threads: int = 1
     """Of LightGBM; more than there are idle cores make it slower than one."""

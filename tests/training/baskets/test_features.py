@@ -95,16 +95,6 @@ def test_items_are_told_by_who_bought_them_lately_and_ever(found: Candidates) ->
     assert told["trend"] == pytest.approx(2 / 3)
 
 
-def test_how_soon_an_item_is_bought_again_is_everybodys_drawn_to_that_of_all_items(found: Candidates) -> None:
-    # Followed by a basket of the same user: item 0 twice and bought again both times, 1 once and not, 2 once and again.
-    told = [features(found, 2, item)["bought_again_within_1_baskets"] for item in range(4)]
-    assert told == pytest.approx([(2 + 15) / 22, (0 + 15) / 21, (1 + 15) / 21, 3 / 4])
-    assert features(found, 2, 0)["bought_again_within_5_baskets"] == 0  # nobody has come so often
-    days = (10 + 10 + 14) / 3
-    assert features(found, 2, 0)["days_until_again"] == pytest.approx((20 + 20 * days) / 22)
-    assert features(found, 0, 1)["own_days_since_over_days_until_again"] == pytest.approx((24 + 5 / 24) / days)
-
-
 def test_what_was_paid_is_held_against_what_it_costs_as_a_rule() -> None:
     paid = np.array([4.0, 1.0, np.nan, 4.0, 2.0, 0.0, 1.0, 2.0])
     bought = replace(BOUGHT, paid=paid)
