@@ -260,6 +260,7 @@ def write_own_events(path: Path) -> int:
     return sound
 
 
+@pytest.mark.timeout(240)  # trains on Ray, with whatever else the cores do
 def test_anyones_events_become_a_version_that_is_evaluated(tmp_path):
     events, home, data = tmp_path / "clicks.csv", tmp_path / "home", tmp_path / "shop"
     sound = write_own_events(events)
