@@ -127,19 +127,21 @@ class Dataset:
 
     def promotions(self, kind: str) -> pa.Table:
         """Read the promotions of a kind; none where nothing is told."""
+        return self._promotions(["item_id", "place"], kind=kind)
+
+    def promotion_kinds(self) -> list[str]:
+        """Return the kinds of promotions that are told, in order."""
+        return sorted(self._promotions(["kind"], columns=["kind"])["kind"].unique().to_pylist())
+
+    def _promotions(self, coded: list[str], *, kind: str | None = None, columns: list[str] | None = None) -> pa.Table:
         path = self.path / PROMOTIONS
         if not path.exists():
             return PROMOTION_SCHEMA.empty_table()
         try:
-            return pq.read_table(path, filters=[("kind", "=", kind)], read_dictionary=["item_id", "place"])
+            wanted = None if kind is None else [("kind", "=", kind)]
+            return pq.read_table(path, columns=columns, filters=wanted, read_dictionary=coded)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
-
-    def promotion_kinds(self) -> list[str]:
-        """Return the kinds of promotions that are told, in order."""
-        path = self.path / PROMOTIONS
-        kinds = pq.read_table(path, columns=["kind"], read_dictionary=["kind"])["kind"] if path.exists() else None
-        return [] if kinds is None else sorted(kinds.unique().to_pylist())
 
 
 def write_dataset(
@@ -165,8 +167,9 @@ def write_dataset(
     events = _sorted_by_time(_conform("events", events, EVENT_SCHEMA, "event_id"))
     items = _conform("items", items, ITEM_SCHEMA, "item_id")
     users = _conform("users", users, USER_SCHEMA, "user_id")
-    if promotions is not None and (missing := set(PROMOTION_SCHEMA.names) - set(promotions.column_names)):
-        raise DataError(f"promotions: column {min(missing)!r} is missing")
+    if promotions is not None:
+        promotions = _conform("promotions", promotions, PROMOTION_SCHEMA)
+        _refuse_overlaps(promotions)
     kinds = events["kind"].value_counts().to_pylist()
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
@@ -195,7 +198,7 @@ def write_dataset(
         if rejected_rows is not None and rejected_rows.num_rows:
             pq.write_table(rejected_rows, draft / "rejected.parquet", compression="zstd")
         if promotions is not None:
-            pq.write_table(promotions.select(PROMOTION_SCHEMA.names), draft / PROMOTIONS, compression="zstd")
+            pq.write_table(promotions, draft / PROMOTIONS, compression="zstd")
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (draft / "dataset.json").write_text(text + "\n", encoding="utf-8")
         replace_folder(draft, path)
@@ -244,7 +247,7 @@ def _read_info(path: Path) -> DatasetInfo:
         raise DataError(f"{path}: {error}") from error
 
 
-def _conform(table_name: str, table: pa.Table, schema: pa.Schema, key: str) -> pa.Table:
+def _conform(table_name: str, table: pa.Table, schema: pa.Schema, key: str | None = None) -> pa.Table:
     if missing := [name for name in schema.names if name not in table.column_names]:
         raise DataError(f"{table_name}: column {missing[0]!r} is missing; present: {', '.join(table.column_names)}")
     try:
@@ -254,9 +257,24 @@ def _conform(table_name: str, table: pa.Table, schema: pa.Schema, key: str) -> p
     for column in schema:
         if not column.nullable and table[column.name].null_count:
             raise DataError(f"{table_name}.{column.name}: holds {table[column.name].null_count:,} nulls")
-    if (distinct := pc.count_distinct(table[key]).as_py()) != table.num_rows:
+    if key is not None and (distinct := pc.count_distinct(table[key]).as_py()) != table.num_rows:
         raise DataError(f"{table_name}.{key}: {table.num_rows - distinct:,} of {table.num_rows:,} rows repeat an id")
     return table
+
+
+def _refuse_overlaps(promotions: pa.Table) -> None:
+    """Raise `DataError` where a promotion ends before it begins, or begins before the one before it has ended."""
+    from_us, until_us = (promotions[name].to_numpy() for name in ("from_us", "until_us"))
+    whose = np.zeros(len(from_us), np.int64)
+    for name in ("kind", "place", "item_id"):
+        coded = promotions[name].dictionary_encode().unify_dictionaries().combine_chunks()
+        whose = whose * max(len(coded.dictionary), 1) + coded.indices.to_numpy()
+    order = np.lexsort((from_us, whose))
+    whose, starts_us, ends_us = whose[order], from_us[order], until_us[order]
+    if (ends_us <= starts_us).any():
+        raise DataError("promotions: one ends before it begins")
+    if ((whose[1:] == whose[:-1]) & (starts_us[1:] < ends_us[:-1])).any():
+        raise DataError("promotions: two of one kind, item and place overlap")
 
 
 def _sorted_by_time(events: pa.Table) -> pa.Table:

@@ -170,3 +170,32 @@ def test_a_missing_column_in_a_file_is_named(tmp_path: Path) -> None:
 def test_reading_a_column_that_events_do_not_have_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'stars'"):
         write(tmp_path / "d", event(1, 1)).events(["stars"])
+
+
+def promoted(*rows: tuple[str, str, str, int, int]) -> pa.Table:
+    names = dataset_module.PROMOTION_SCHEMA.names
+    return pa.table([list(column) for column in zip(*rows, strict=True)], names=names)
+
+
+def test_promotions_are_read_back_by_kind_and_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    rows = [("i1", "mailer", "s1", 0, 10), ("i1", "mailer", "s1", 10, 20), ("i2", "display", "s1", 5, 9)]
+    dataset = write(tmp_path / "d", event(1, 1), promotions=promoted(*rows))
+    assert dataset.promotion_kinds() == ["display", "mailer"]
+    assert [tuple(row.values()) for row in dataset.promotions("mailer").to_pylist()] == rows[:2]
+    without = write(tmp_path / "without", event(1, 1))
+    assert (without.promotion_kinds(), without.promotions("mailer").num_rows) == ([], 0)
+    assert without.fingerprint() != dataset.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("i1", "mailer", "s1", 0, 10), ("i1", "mailer", "s1", 9, 20)], "overlap"),
+        ([("i1", "mailer", "s1", 5, 5)], "ends before it begins"),
+        ([("i1", "mailer", None, 0, 10)], "promotions.*place"),
+    ],
+)
+def test_promotions_that_cannot_be_are_refused(tmp_path: Path, rows: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        write(tmp_path / "d", event(1, 1), promotions=promoted(*rows))
+    assert not (tmp_path / "d").exists()

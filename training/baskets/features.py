@@ -147,9 +147,12 @@ class ItemFacts:
 
 
 def _means(row_N: IntArray, value_N: FloatArray, rows: int) -> FloatArray:
-    """Return the mean value of each row, [R]; NaN for one without."""
-    count_R = np.bincount(row_N, minlength=rows)
-    return np.where(count_R > 0, np.bincount(row_N, value_N, rows) / np.maximum(count_R, 1), np.nan)
+    """Return the mean of each row's values that are known, [R]; NaN for one without."""
+    is_known_N = np.isfinite(value_N)
+    count_R = np.bincount(row_N[is_known_N], minlength=rows)
+    return np.where(
+        count_R > 0, np.bincount(row_N[is_known_N], value_N[is_known_N], rows) / np.maximum(count_R, 1), np.nan
+    )
 
 
 def _counts(row_N: IntArray, column_N: IntArray, rows: int, columns: int) -> FloatArray:

@@ -57,6 +57,8 @@ class Promotions:
 
     def at(self, place_Q: IntArray, item_Q: IntArray, at_s_Q: IntArray) -> npt.NDArray[np.bool_]:
         """Return whether items are promoted at places at times, [Q]; at a place below 0 none is."""
+        if not len(self._begin_N):
+            return np.zeros(len(item_Q), np.bool_)
         wanted_Q = (place_Q * self.items + item_Q) * len(self._starts_s)
         started_Q = np.searchsorted(self._starts_s, at_s_Q, "right") - 1
         found_Q = np.searchsorted(self._begin_N, wanted_Q + started_Q, "right") - 1
@@ -66,6 +68,8 @@ class Promotions:
 
     def share_of_places(self, item_Q: IntArray, at_s_Q: IntArray) -> FloatArray:
         """Return at what share of the places items are promoted at times, [Q]."""
+        if not len(self._change_M):
+            return np.zeros(len(item_Q))
         wanted_Q = item_Q * len(self._times_s)
         passed_Q = np.searchsorted(self._times_s, at_s_Q, "right") - 1
         found_Q = np.searchsorted(self._change_M, wanted_Q + passed_Q, "right") - 1

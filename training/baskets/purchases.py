@@ -32,7 +32,7 @@ class Purchases:
     place: IntArray | None = None
     """Where each was bought; below 0 where it is not known."""
     besides: Mapping[str, FloatArray] = field(default_factory=dict)
-    """What else is known of each, such as the share of its price that was saved, by name; [N] each."""
+    """What else is known of each, such as the share of its price that was saved, by name; [N] each, NaN where not."""
 
     def before(self, ts_s: int) -> "Purchases":
         """Return the purchases before a time."""

@@ -9,6 +9,7 @@ ranked but those that the user has. Intervals draw whole users, tests swap whole
 Shapes: N interactions to be named, K places, M metrics, I items, U users.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from scipy import sparse
 
 from cluster.dataset import Dataset
@@ -31,6 +33,7 @@ from training.evaluation.segments import ALL, Segments, read_attribute, segments
 from training.evaluation.significance import holm, randomisation_tests
 from training.evaluation.system import Cases, ChoiceSystem, RatingSystem, System
 from training.evaluation.topk import popular_items, top_of_scores
+from training.models.version import log_popularity
 from training.online.predictions import Predictions
 from training.stream import build_history
 
@@ -75,7 +78,7 @@ class Scoreboard:
             loss_N, confidence_N, hit_N = found.loss_P[told_N], found.confidence_P[told_N], found.hits[told_N]
             interval = mean_interval(loss_N, seed=SEED, groups_N=self.user_N[told_N])
             figures = {
-                "choice_ne": interval.mean / float(self.popularity_loss_N[told_N].mean()),
+                "choice_ne": interval.mean / (float(self.popularity_loss_N[told_N].mean()) or math.nan),
                 "choice_calibration": calibration_ratio(float(confidence_N.sum()), float(hit_N.sum())),
                 "choice_ece": calibration_error(*by_probability(confidence_N, hit_N)),
             }
@@ -182,6 +185,7 @@ def evaluate(
     user_N, item_N = history.user_row[targets], history.item_row[targets]
     owned_P = np.unique(history.user_row[known_N] * len(items) + history.item_row[known_N])  # pairs of user and item
     owners_I = np.bincount(owned_P % len(items), minlength=len(items))
+    chosen_I = np.bincount(history.item_row[known_N], minlength=len(items))
     active_U = np.bincount(users.rows(known["user_id"]), minlength=len(users))
     segments = segments_by_history(user_N, item_N, active_U, owners_I)
     catalogue = dataset.items()
@@ -203,7 +207,7 @@ def evaluate(
         ratings={name: system.ratings(cases) for name, system in systems.items() if isinstance(system, RatingSystem)},
         rating_N=np.where(history.kind[targets] == KINDS.index("rating"), history.value[targets], np.nan),
         choices={name: system.choices(cases) for name, system in systems.items() if isinstance(system, ChoiceSystem)},
-        popularity_loss_N=-np.log((owners_I[item_N] + 1) / (owners_I + 1).sum()),
+        popularity_loss_N=-log_popularity(torch.from_numpy(chosen_I))[item_N].astype(np.float64),
     )
 
 

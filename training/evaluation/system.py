@@ -69,11 +69,14 @@ class Cases:
     item_ids: Sequence[str]
     """By `history.item_row`."""
 
+    @property
+    def at_once(self) -> int:
+        """How many interactions there is room for the scores of."""
+        return max(1, min(MOST_AT_ONCE, SCORES_AT_ONCE // len(self.item_ids)))
+
     def batches(self) -> Iterator[Batch]:
         """Yield the interactions in order, as many at once as there is room for their scores."""
-        at_once = max(1, min(MOST_AT_ONCE, SCORES_AT_ONCE // len(self.item_ids)))
-        for start in range(0, len(self.targets), at_once):
-            targets = self.targets[start : start + at_once]
+        for targets in _in_parts(self.targets, self.at_once):
             yield Batch(history=self.history, targets=targets, items=len(self.item_ids))
 
     def user_rows(self, known_ids: Sequence[str]) -> IntArray:
@@ -164,7 +167,7 @@ class VersionSystem:
         whole = Predictions(
             loss_P=np.full(count, np.nan), rank_P=np.zeros(count, np.int64), confidence_P=np.full(count, np.nan)
         )
-        for chosen in _in_parts(_later(cases)):
+        for chosen in _in_parts(_later(cases), cases.at_once):
             found = predict_next_items(model.dense, catalogue, cases.history, cases.targets[chosen])
             for name in ("loss_P", "rank_P", "confidence_P"):
                 getattr(whole, name)[chosen] = getattr(found, name)
@@ -201,9 +204,9 @@ def _later(cases: Cases) -> IntArray:
     return np.flatnonzero(~np.isin(cases.targets, cases.history.starts))
 
 
-def _in_parts(places: IntArray) -> Iterator[IntArray]:
-    for start in range(0, len(places), MOST_AT_ONCE):
-        yield places[start : start + MOST_AT_ONCE]
+def _in_parts(places: IntArray, at_once: int = MOST_AT_ONCE) -> Iterator[IntArray]:
+    for start in range(0, len(places), at_once):
+        yield places[start : start + at_once]
 
 
 def _by_place(shown_BK: IntArray, items: int) -> npt.NDArray[np.float32]:

@@ -210,9 +210,10 @@ def encode_by_length(
     groups = _like_lengths(present_BL) if present_BL.device.type == "cpu" else []
     if len(groups) < 2:
         return encode(present_BL, item_BLD, *others)
-    encoded_BLD = item_BLD.new_zeros(item_BLD.shape)
-    for b_G, length in groups:
-        encoded_BLD[b_G, -length:] = encode(*(part[b_G, -length:] for part in (present_BL, item_BLD, *others)))
+    parts = [encode(*(part[b_G, -length:] for part in (present_BL, item_BLD, *others))) for b_G, length in groups]
+    encoded_BLD = parts[0].new_zeros(item_BLD.shape)
+    for (b_G, length), part_GLD in zip(groups, parts, strict=True):
+        encoded_BLD[b_G, -length:] = part_GLD
     return encoded_BLD
 
 

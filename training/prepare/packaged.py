@@ -154,23 +154,28 @@ def _shop_promotions(promoted: pa.Table, receipts: pa.Table, product_ids: Sequen
     """Return the promotions of products that anyone bought: a shop's weeks begin with the week's first receipts."""
     promoted = promoted.filter(pc.is_in(promoted["product_id"], pa.array(product_ids)))
     week = receipts["week"].to_numpy()
-    opened = receipts["transaction_timestamp"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-    second = int(opened[week == week.min() + 1].min())  # the first week may be a part of one
-    second -= second % HOUR_US
-    starts_us = second + (np.arange(week.min(), week.max() + 2) - week.min() - 1) * WEEK_US
+    weeks = np.arange(week.min(), week.max() + 2)
+    bought_us = receipts["transaction_timestamp"].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+    hour_us = bought_us - bought_us % HOUR_US
+    starts_us = hour_us[week == weeks[1]].min() + (weeks - weeks[1]) * WEEK_US  # the first week may be a part of one
+    np.minimum.at(starts_us, week - weeks[0], hour_us)  # an hour earlier in summer
+    promoted = promoted.filter(pc.is_in(promoted["week"], pa.array(weeks[:-1])))
     parts = []
     for kind in PROMOTION_KINDS:
-        chosen = promoted.filter(pc.not_equal(promoted[f"{kind}_location"], "0"))
-        place = chosen["week"].to_numpy() - week.min()
+        told = promoted.filter(pc.not_equal(promoted[f"{kind}_location"], "0"))
+        told = (
+            told.select(["product_id", "store_id", "week"]).group_by(["product_id", "store_id", "week"]).aggregate([])
+        )
+        place = told["week"].to_numpy() - weeks[0]
         columns = [
-            chosen["product_id"].cast(pa.string()).dictionary_encode(),
-            pa.array([kind] * len(chosen), pa.string()).dictionary_encode(),
-            chosen["store_id"].cast(pa.string()).dictionary_encode(),
+            told["product_id"].cast(pa.string()),
+            pa.array([kind] * len(told), pa.string()),
+            told["store_id"].cast(pa.string()),
             pa.array(starts_us[place]),
             pa.array(starts_us[place + 1]),
         ]
         parts.append(pa.table(columns, names=PROMOTION_SCHEMA.names))
-    return pa.concat_tables(parts).unify_dictionaries()
+    return pa.concat_tables(parts)
 
 
 def _in_order(events: pa.Table, column: str) -> pa.Table:

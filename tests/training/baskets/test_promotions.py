@@ -38,3 +38,9 @@ def test_share_of_places_counts_them(promotions: Promotions) -> None:
 
 def test_where_the_place_is_not_known_nothing_is_promoted(promotions: Promotions) -> None:
     assert not promotions.at(np.array([-1, -1]), np.array([1, 3]), np.array([12, 12])).any()
+
+
+def test_without_any_there_are_none() -> None:
+    nothing = Promotions.of(*np.empty((4, 0), np.int64), places=PLACES, items=ITEMS)
+    assert nothing.at(*asked()).sum() == 0
+    assert nothing.share_of_places(*asked()[1:]).sum() == 0

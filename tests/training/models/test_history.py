@@ -123,6 +123,9 @@ def test_sequences_of_like_length_are_encoded_together_and_nothing_changes(name:
     together = encode_some(present_BL, item_BLD, ts_BL)[present_BL]
     assert shapes == [(3, 64), (1, 31), (5, 7), (9, 64)]
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        halves = encode_by_length(encode_some, present_BL, item_BLD, ts_BL)[present_BL]
+    torch.testing.assert_close(halves.float(), together, rtol=0, atol=0.1)
     gradients = [torch.autograd.grad(found.square().sum(), item_BLD)[0] for found in (apart, together)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)
 

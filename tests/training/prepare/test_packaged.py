@@ -65,11 +65,11 @@ def test_lines_of_receipts_are_purchases_and_what_was_returned_is_counted(packag
         "week": [1, 1, 2],
     }
     promoted = {
-        "product_id": [5, 5, 99],
-        "store_id": [31, 32, 31],
-        "display_location": ["3", "0", "1"],
-        "mailer_location": ["0", "A", "A"],
-        "week": [1, 2, 1],
+        "product_id": [5, 5, 99, 5, 5],
+        "store_id": [31, 32, 31, 31, 31],
+        "display_location": ["3", "0", "1", "7", "7"],
+        "mailer_location": ["0", "A", "A", "0", "A"],
+        "week": [1, 2, 1, 1, 3],  # the fourth tells the first again; in the last week nobody bought
     }
     products = {"product_id": [5], "department": ["GROCERY"], "product_category": ["BREAD"], "product_type": ["RYE"]}
     pd.DataFrame(lines).to_parquet(folder / "transactions.parquet")
