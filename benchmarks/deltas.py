@@ -32,8 +32,9 @@ from embeddings.tables import TablesConfig
 from training.checkpoint import ADAM_FIELDS
 from training.evaluation.metrics import ndcg_at_k
 from training.evaluation.replay import split_for_replay
+from training.models.ensemble import build_two_stage
 from training.models.served import ServedModel
-from training.models.two_stage import ModelConfig, TwoStage
+from training.models.two_stage import ModelConfig
 from training.models.version import (
     COUNT_ROWS,
     ITEM_ROWS,
@@ -95,7 +96,7 @@ def publish_random(registry: Registry, recipe: Recipe, rows: int) -> None:
     """Publish a version of random weights with so many items and users."""
     dim = recipe.section(TablesConfig).dim
     generator = torch.Generator().manual_seed(0)
-    dense = TwoStage(recipe.section(ModelConfig), dim, TEXT_DIM)
+    dense = build_two_stage(recipe.section(ModelConfig), dim, TEXT_DIM)
     moments = {
         f"{name}.{field}": torch.zeros(()) if field == "step" else torch.zeros_like(parameter)
         for name, parameter in dense.named_parameters()

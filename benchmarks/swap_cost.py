@@ -26,8 +26,9 @@ from cluster.manifest import VersionRef
 from cluster.registry import Registry
 from embeddings.quantized import QuantizedRows
 from embeddings.tables import TablesConfig
+from training.models.ensemble import build_two_stage
 from training.models.served import ServedModel
-from training.models.two_stage import ModelConfig, TwoStage
+from training.models.two_stage import ModelConfig
 from training.models.version import (
     COUNT_ROWS,
     ITEM_ROWS,
@@ -160,7 +161,7 @@ def _state(recipe: Recipe, rows: int, text_IE: torch.Tensor, generator: torch.Ge
             TEXT_ROWS: text_IE,
             COUNT_ROWS: torch.ones(rows, dtype=torch.int64),
         },
-        dense=TwoStage(recipe.section(ModelConfig), dim, TEXT_DIM).state_dict(),
+        dense=build_two_stage(recipe.section(ModelConfig), dim, TEXT_DIM).state_dict(),
         optimizer={},
     )
 

@@ -37,8 +37,9 @@ from training.examples.footprint import ids_an_example, stream_footprint
 from training.examples.stream import StreamConfig
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.click import ClickConfig, ClickDense, ClickModel
+from training.models.ensemble import build_two_stage
 from training.models.recommender import Recommender
-from training.models.two_stage import ModelConfig, TwoStage
+from training.models.two_stage import ModelConfig
 from training.run import TrainConfig
 from training.stream import DataConfig
 
@@ -136,7 +137,7 @@ def two_stage_job(recipe: Recipe, dataset: Dataset, workers: int, home: Home) ->
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
     text_dim = _text_dim(TextEncoder(recipe.section(EncoderConfig), home.cache))
     with torch.device("meta"):
-        dense = TwoStage(recipe.section(ModelConfig), tables.dim, text_dim)
+        dense = build_two_stage(recipe.section(ModelConfig), tables.dim, text_dim)
     rows = {ITEM: items.capacity, USER: users.capacity}
     held_bytes = _EVENT_BYTES * len(events) + 4 * text_dim * len(items)
     return Job(

@@ -114,7 +114,7 @@ def rate_next_items(dense: TwoStage, catalogue: Catalogue, history: History, tar
     windows = windows_before(history, targets, dense.config.max_history)
     user_BD = _user_vectors(dense, catalogue, history, windows)
     item_BD = catalogue.item_ID[torch.from_numpy(history.item_row[targets]).to(user_BD.device)]
-    return dense.ranker(user_BD, item_BD, (user_BD * item_BD).sum(dim=-1))[RATING].cpu().numpy()
+    return dense.heads(user_BD, item_BD, (user_BD * item_BD).sum(dim=-1))[RATING].cpu().numpy()
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from torch import nn
 from embeddings.batch import Batch
 from embeddings.tables import ITEM, USER, TablesConfig, build_lookup, build_tables, shard
 from embeddings.vocabulary import Vocabulary
+from training.models.ensemble import build_two_stage
 from training.models.two_stage import Losses, ModelConfig, TwoStage
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def build_recommender(
 ) -> "DistributedModelParallel":
     """Collective. Return the sharded model, initialised alike for any number of workers."""
     torch.manual_seed(seed)
-    dense = TwoStage(model, tables.dim, text_dim).to(device)
+    dense = build_two_stage(model, tables.dim, text_dim).to(device)
     rows = {ITEM: items.capacity, USER: users.capacity}
     sharded = shard(Recommender(build_tables(rows, tables.dim, tables.learning_rate), dense), tables, device)
     torch.manual_seed(seed + 1 + dist.get_rank())  # dropout differs between workers

@@ -28,6 +28,7 @@ from cluster.registry import Registry, VersionReader, VersionRef
 from embeddings.tables import TablesConfig
 from training.baselines.config import SystemConfig
 from training.models.blend import blended
+from training.models.ensemble import build_two_stage
 from training.models.interests import Interests, combine, weigh
 from training.models.resident import (
     Candidates,
@@ -40,7 +41,7 @@ from training.models.resident import (
     restore_classical,
 )
 from training.models.seen import seen_correction
-from training.models.two_stage import TEXT_SCALE, ModelConfig, TwoStage
+from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
     COUNT_ROWS,
     ITEM_ROWS,
@@ -189,7 +190,8 @@ class ServedModel(Catalogue):
         """Return what interests say of each item [I]: what is said is the text of an item, the only one a user had."""
         said = [*([interests.liked_E] if interests.liked_E is not None else []), *interests.disliked_NE]
         with torch.inference_mode():
-            item_ND = TEXT_SCALE * self.dense.project(torch.from_numpy(np.stack(said)))
+            text_NE = torch.from_numpy(np.stack(said))
+            item_ND = self.dense.item_vectors(text_NE.new_zeros(len(said), self.item_ID.shape[1]), text_NE)
             one_N1 = torch.ones((len(said), 1), dtype=torch.bool)
             user_ND = self.dense.user_vectors(
                 item_ND.unsqueeze(1),
@@ -243,7 +245,7 @@ def _build_dense(state: VersionState, resident: Resident | None) -> TwoStage:
         shapes = {name: parameter.shape for name, parameter in resident.dense.named_parameters()}
         if shapes == {name: tensor.shape for name, tensor in state.dense.items()}:
             return _with_weights(resident.dense, state.dense)
-    dense = TwoStage(config, state.recipe.section(TablesConfig).dim, text_dim=state.rows[TEXT_ROWS].shape[1])
+    dense = build_two_stage(config, state.recipe.section(TablesConfig).dim, text_dim=state.rows[TEXT_ROWS].shape[1])
     dense.load_state_dict(dict(state.dense))
     return dense.eval().requires_grad_(requires_grad=False)
 

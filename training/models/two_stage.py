@@ -63,6 +63,8 @@ class ModelConfig:
     """Of that loss."""
     item_row_dropout: float = 0.0
     """Share of items whose row is hidden in a step, so that what is told of an item can stand for itself."""
+    members: int = 1
+    """Models trained side by side from different starts, each on its share of every row, whose scores are averaged."""
     interaction: str = "mlp"
     """Interaction of the ranker: mlp, dcn, deepfm or bilinear."""
     ranker_hidden: int = 64
@@ -81,7 +83,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be 0 or more")
         if self.interaction not in INTERACTIONS:
             raise ConfigError(f"model.interaction={self.interaction!r}: is none of {', '.join(INTERACTIONS)}")
-        for name in ("max_history", "layers", "heads", "ranker_hidden", "candidates"):
+        for name in ("max_history", "layers", "heads", "members", "ranker_hidden", "candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
         for name in ("dropout", "user_row_dropout", "item_row_dropout"):
@@ -106,26 +108,25 @@ RANKED_POSITIONS = 128
 RANKED_DRAWS = 128
 
 
-class TwoStage(nn.Module):
-    """Everything of the model but its tables."""
+class Stages(nn.Module):
+    """Both stages over items' vectors, whatever these are made of."""
 
-    def __init__(self, config: ModelConfig, dim: int, text_dim: int) -> None:
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
-        if config.history in ("transformer", "hstu") and dim % config.heads:
-            raise ConfigError(f"model.heads={config.heads}: must divide tables.dim={dim}")
         self.config = config
         self.ranked_positions = RANKED_POSITIONS
-        self.project = nn.Linear(text_dim, dim, bias=False)
-        nn.init.normal_(self.project.weight, std=0.01)
+        self._build(dim)
+
+    def _build(self, dim: int) -> None:
+        config = self.config
+        if config.history in ("transformer", "hstu") and dim % config.heads:
+            owner = "tables.dim" if config.members == 1 else "tables.dim/model.members"
+            raise ConfigError(f"model.heads={config.heads}: must divide {owner}={dim}")
         self.interaction = InteractionEmbedding(dim, config.max_history, len(KINDS), config.dropout)
         self.history = build_history_encoder(config, dim)
         self.bilinear = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.bilinear.weight)
         self.ranker = Ranker(dim, config.ranker_hidden, config.interaction, config.dropout)
-
-    def item_vectors(self, row_ND: torch.Tensor, text_NE: torch.Tensor) -> torch.Tensor:
-        """Return item vectors, [N, D]."""
-        return row_ND + TEXT_SCALE * self.project(text_NE)
 
     def user_vectors(
         self,
@@ -137,10 +138,10 @@ class TwoStage(nn.Module):
         user_row_BD: torch.Tensor,
     ) -> torch.Tensor:
         """Return the user vector after each interaction, [B, L, D]; padded positions hold anything finite."""
-        encoded_BLD = encode_by_length(self._encode, present_BL, item_BLD, kind_BL, value_BL, ts_BL)
+        encoded_BLD = encode_by_length(self.encode, present_BL, item_BLD, kind_BL, value_BL, ts_BL)
         return encoded_BLD + user_row_BD.unsqueeze(1)
 
-    def _encode(
+    def encode(
         self,
         present_BL: torch.Tensor,
         item_BLD: torch.Tensor,
@@ -148,18 +149,22 @@ class TwoStage(nn.Module):
         value_BL: torch.Tensor,
         ts_BL: torch.Tensor,
     ) -> torch.Tensor:
+        """Return what each interaction and those before it make of their user, without the user's row, [B, L, D]."""
         inputs_BLD = self.interaction(item_BLD, kind_BL, value_BL, ts_BL, present_BL)
         return self.bilinear(self.history(inputs_BLD, present_BL, ts_BL))
 
     def order(self, user_D: torch.Tensor, item_KD: torch.Tensor) -> torch.Tensor:
         """Return the ranker's ordering score of K candidates for each of the leading user dimensions, […, K]."""
         score_K = (item_KD @ user_D.unsqueeze(-1)).squeeze(-1)
-        heads = self.ranker(user_D.unsqueeze(-2).expand_as(item_KD), item_KD, score_K)
+        heads = self.heads(user_D.unsqueeze(-2).expand_as(item_KD), item_KD, score_K)
         return heads[CLICK] + self.config.rating_weight * heads[RATING]
 
-    def forward(self, batch: Batch, row_ND: torch.Tensor, user_row_BD: torch.Tensor) -> Losses:
-        """Return the losses of a batch, given the table rows that it lists."""
-        item_ND = self.item_vectors(self._kept(row_ND), batch.text_NE)
+    def heads(self, user_D: torch.Tensor, item_D: torch.Tensor, score: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the ranker's `click` logits and `rating` estimates of pairs, shaped as their retrieval scores."""
+        return self.ranker(user_D, item_D, score)
+
+    def losses(self, batch: Batch, item_ND: torch.Tensor, user_row_BD: torch.Tensor) -> Losses:
+        """Return the losses of a batch, given the vectors of its items and the rows of its users."""
         user_BLD = self.user_vectors(
             item_ND[batch.history_BL],
             batch.kind_BL,
@@ -186,13 +191,6 @@ class TwoStage(nn.Module):
             moved = self._adversarial_loss(user_PD, target_P, weight_P, item_ND, batch)
             total = total + self.config.adversarial_weight * moved
         return Losses(total=total, retrieval=retrieval, click=click, rating=rating)
-
-    def _kept(self, row_ND: torch.Tensor) -> torch.Tensor:
-        """Return the item rows, some of them hidden while training (Volkovs et al., NeurIPS 2017)."""
-        if not self.training or not self.config.item_row_dropout:
-            return row_ND
-        kept_N = torch.rand(len(row_ND), device=row_ND.device) >= self.config.item_row_dropout
-        return row_ND * kept_N.to(row_ND.dtype).unsqueeze(1)
 
     def _visible(self, user_row_BD: torch.Tensor, has_user_B: torch.Tensor) -> torch.Tensor:
         shown_B = has_user_B.to(user_row_BD.dtype)
@@ -274,6 +272,31 @@ class TwoStage(nn.Module):
         rated_R = rating_R.isfinite()
         error_R = (heads[RATING][:, 0] - rating_R.nan_to_num())[rated_R]
         return click, (weight_R[rated_R] * error_R.square()).sum() / rated_R.sum().clamp(min=1)
+
+
+class TwoStage(Stages):
+    """Everything of the model but its tables: an item is its row and what is told of it, projected."""
+
+    def __init__(self, config: ModelConfig, dim: int, text_dim: int) -> None:
+        project = nn.Linear(text_dim, dim, bias=False)  # drawn first, as it always was: seeds mean the same
+        nn.init.normal_(project.weight, std=0.01)
+        super().__init__(config, dim)
+        self.project = project
+
+    def item_vectors(self, row_ND: torch.Tensor, text_NE: torch.Tensor) -> torch.Tensor:
+        """Return item vectors, [N, D]."""
+        return row_ND + TEXT_SCALE * self.project(text_NE)
+
+    def forward(self, batch: Batch, row_ND: torch.Tensor, user_row_BD: torch.Tensor) -> Losses:
+        """Return the losses of a batch, given the table rows that it lists."""
+        return self.losses(batch, self.item_vectors(self._kept(row_ND), batch.text_NE), user_row_BD)
+
+    def _kept(self, row_ND: torch.Tensor) -> torch.Tensor:
+        """Return the item rows, some of them hidden while training (Volkovs et al., NeurIPS 2017)."""
+        if not self.training or not self.config.item_row_dropout:
+            return row_ND
+        kept_N = torch.rand(len(row_ND), device=row_ND.device) >= self.config.item_row_dropout
+        return row_ND * kept_N.to(row_ND.dtype).unsqueeze(1)
 
 
 def build_history_encoder(config: ModelConfig, dim: int) -> HistoryEncoder:

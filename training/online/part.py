@@ -23,6 +23,7 @@ from embeddings.batch import PAD, Batch, Sequences, share_of_batch
 from embeddings.tables import ITEM, MOMENTUM, USER, Piece, TablesConfig, local_shards
 from embeddings.vocabulary import UNKNOWN_ROW, Vocabulary
 from training.checkpoint import load_state
+from training.models.ensemble import build_two_stage
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import RANKED_POSITIONS, Losses, ModelConfig, TwoStage
 from training.models.version import grow_rows
@@ -269,6 +270,6 @@ def _encoded_by(worker_B: np.ndarray, towers: Towers) -> Towers:
 
 
 def _build_dense(blueprint: Blueprint, named: Mapping[str, torch.Tensor], device: torch.device) -> TwoStage:
-    dense = TwoStage(blueprint.model, blueprint.tables.dim, blueprint.text_dim)
+    dense = build_two_stage(blueprint.model, blueprint.tables.dim, blueprint.text_dim)
     dense.load_state_dict({n.removeprefix("dense."): tensor for n, tensor in named.items() if n.startswith("dense.")})
     return dense.to(device).eval()

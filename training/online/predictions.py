@@ -132,7 +132,7 @@ def predict_shown(towers: Towers, sequences: Sequences, sequence_K: np.ndarray, 
     log_z_B = towers.log_z(user_BD)
     user_KD, item_KD = user_BD[sequence_K], towers.item_vectors(item_row_K)
     log_p_K = (user_KD * item_KD).sum(1) - log_z_B[sequence_K]
-    logit_K = towers.dense.ranker(user_KD, item_KD, log_p_K)[CLICK]
+    logit_K = towers.dense.heads(user_KD, item_KD, log_p_K)[CLICK]
     return ShownPairs(user_KD.cpu(), item_KD.cpu(), logit_K.cpu())
 
 
