@@ -17,31 +17,29 @@ What bounds it: nine in ten products of a basket are repeats or bought by few.
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from scipy import sparse
 
 from benchmarks.harness import build_check, build_parser, print_result
-from cluster.dataset import Dataset, load_dataset
-from cluster.events import INTERACTION_KINDS, KINDS
+from cluster.dataset import load_dataset
+from cluster.events import KINDS
 from cluster.home import Home
 from cluster.log import Interaction
 from cluster.registry import Registry
 from embeddings.vocabulary import Vocabulary
 from training.baselines.baskets import PersonalFrequency, TifuKnn
 from training.baselines.interface import IntArray, Scores
+from training.baskets.fit import ndcg_of_visits
+from training.baskets.inputs import COLUMNS, read_kinds, read_purchases
 from training.baskets.promotions import Promotions
 from training.baskets.purchases import Purchases, Visits
 from training.baskets.ranker import BasketConfig, BasketRanker
-from training.evaluation.lists import find_hits, ndcg
 from training.evaluation.metrics import FloatArray, difference_interval, mean_interval
-from training.evaluation.topk import top_of_scores
 from training.models.served import ServedModel
 from training.stream import DataConfig, History, build_history
 
@@ -89,25 +87,10 @@ class Task:
         self.from_s = from_s
         self.visits = Visits.after(bought, from_s, until_s)
         self.known, self.users = self.visits.known, self.visits.users
-        rows = np.searchsorted(self.users, self.visits.user_row)
-        shape = (len(self.users), bought.items)
-        basket = sparse.csr_array(sparse.coo_array((np.ones(len(rows)), (rows, self.visits.item_row)), shape=shape))
-        basket.sum_duplicates()
-        self.basket_BI = basket
-
-    def at_s(self, user_row_B: IntArray) -> IntArray:
-        """Return when users visit, [B]: known as they ask."""
-        return self.visits.at_s[np.searchsorted(self.users, user_row_B)]
 
     def ndcg(self, scores: Callable[[IntArray], Scores]) -> FloatArray:
         """Return NDCG@10 of each user."""
-        values = []
-        for start in range(0, len(self.users), BATCH):
-            batch = self.users[start : start + BATCH]
-            nothing = sparse.csr_array((len(batch), self.known.items))
-            top_BK = top_of_scores(scores(batch), nothing, K)
-            values.append(ndcg(find_hits(top_BK, self.basket_BI[start : start + BATCH]), K))
-        return np.concatenate(values)
+        return ndcg_of_visits(self.visits, scores)
 
 
 def main() -> None:
@@ -119,10 +102,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     data, dataset = DataConfig(), load_dataset(args.data)
-    events = dataset.events(["user_id", "item_id", "kind", "value", "ts_us", "context"])
+    events = dataset.events(list(COLUMNS))
     user_ids, item_ids = events["user_id"].unique().to_pylist(), dataset.items()["item_id"].to_pylist()
     users, items = Vocabulary(user_ids, len(user_ids)), Vocabulary(item_ids, len(item_ids))
-    bought, promotions = _purchases(events, users, items, dataset)
+    bought, promotions = read_purchases(events, users, items, dataset)
     cut = [int(len(events) * data.train_fraction * share) for share in (1 - data.validation_fraction, 1.0)]
     times = [int(events["ts_us"][position].as_py()) // 1_000_000 for position in cut]
     validation, test = Task(bought, times[0], times[1]), Task(bought, times[1], np.iinfo(np.int64).max)
@@ -138,7 +121,7 @@ def main() -> None:
         results[name] = {"settings": settings, "validation": found, "tried": len(tried)} | _interval(values[name])
         print(f"{name:36} {results[name]}", file=sys.stderr, flush=True)
         best = max(best, (found, name, build), key=lambda one: one[0])
-    learned = _ranked(_kinds(dataset.items()), promotions, validation, test, quick=args.quick)
+    learned = _ranked(read_kinds(dataset.items()), promotions, validation, test, quick=args.quick)
     if args.home:
         learned |= _two_stage(args.home, events, users, items, validation, test, best[2])
     for name, (settings, found, value_U) in learned.items():
@@ -161,46 +144,6 @@ def main() -> None:
     print_result(results=results, config=config, checks=checks)
 
 
-def _purchases(
-    events: pa.Table, users: Vocabulary, items: Vocabulary, dataset: Dataset
-) -> tuple[Purchases, dict[str, Promotions]]:
-    """Return what was bought, with all that is told of it, and the promotions of each kind."""
-    kept = events.filter(pa.array([kind in INTERACTION_KINDS for kind in events["kind"].to_pylist()]))
-    told = {name: pc.map_lookup(kept["context"], name, "first") for name in ("place", "saved")}
-    place_ids = told["place"].drop_null().unique().to_pylist()
-    places = Vocabulary(place_ids, len(place_ids))
-    promotions = {kind: _promotions(dataset.promotions(kind), items, places) for kind in dataset.promotion_kinds()}
-    bought = Purchases(
-        user_row=users.rows(kept["user_id"]),
-        item_row=items.rows(kept["item_id"]),
-        ts_s=kept["ts_us"].to_numpy() // 1_000_000,
-        users=len(users),
-        items=len(items),
-        paid=kept["value"].to_numpy(zero_copy_only=False),
-        place=places.rows(told["place"].fill_null("")),
-    )
-    assert bought.place is not None
-    besides = {name: on.at(bought.place, bought.item_row, bought.ts_s) * 1.0 for name, on in promotions.items()}
-    if told["saved"].null_count == 0:
-        besides["saved"] = told["saved"].cast(pa.float64()).to_numpy()
-    return replace(bought, besides=besides), promotions
-
-
-def _promotions(told: pa.Table, items: Vocabulary, places: Vocabulary) -> Promotions:
-    place_N, item_N = _rows(told["place"], places), _rows(told["item_id"], items)
-    is_known_N = (place_N >= 0) & (item_N >= 0)
-    from_s_N, until_s_N = (told[name].to_numpy()[is_known_N] // 1_000_000 for name in ("from_us", "until_us"))
-    return Promotions.of(
-        place_N[is_known_N], item_N[is_known_N], from_s_N, until_s_N, places=len(places), items=len(items)
-    )
-
-
-def _rows(column: pa.ChunkedArray, vocabulary: Vocabulary) -> IntArray:
-    """Return the row of each of millions of ids, of which few differ."""
-    coded = column.dictionary_encode().unify_dictionaries().combine_chunks()
-    return vocabulary.rows(coded.dictionary.to_pylist())[coded.indices.to_numpy()]
-
-
 def _systems(*, quick: bool) -> dict[str, list[tuple[Json, Callable[[], BasketSystem]]]]:
     halves = (None,), (30.0, 60.0, 120.0, 240.0)
     tifu = [
@@ -217,13 +160,6 @@ def _systems(*, quick: bool) -> dict[str, list[tuple[Json, Callable[[], BasketSy
     }
 
 
-def _kinds(catalogue: pa.Table) -> IntArray:
-    """Return what kind of product each item is, by row: what its text begins with, in its categories."""
-    texts, categories = catalogue["text"].to_pylist(), catalogue["categories"].to_pylist()
-    kinds = ["|".join([text.split(". ")[0], *listed]) for text, listed in zip(texts, categories, strict=True)]
-    return np.unique(kinds, return_inverse=True)[1]
-
-
 def _ranked(
     kind_I: IntArray, promotions: dict[str, Promotions], validation: Task, test: Task, *, quick: bool
 ) -> dict[str, Learned]:
@@ -232,7 +168,7 @@ def _ranked(
     values = []
     for task in (validation, test):
         ranker = BasketRanker(kind_I, config, promotions).fit(task.known)
-        values.append(task.ndcg(lambda rows, ranker=ranker, task=task: ranker.scores(rows, task.at_s(rows))))
+        values.append(task.ndcg(lambda rows, ranker=ranker, task=task: ranker.scores(rows, task.visits.at_s_of(rows))))
     return {"learned ranker": (asdict(config), float(values[0].mean()), values[1])}
 
 

@@ -40,6 +40,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "text_neighbours": "training.baselines.config:TextNeighboursConfig",
         "als": "training.baselines.config:AlsConfig",
         "bpr": "training.baselines.config:BprConfig",
+        "baskets": "training.baskets.ranker:BasketConfig",
         "hybrid": "training.baselines.config:HybridConfig",
         "stream": "training.examples.stream:StreamConfig",
         "click": "training.models.click:ClickConfig",

@@ -100,8 +100,9 @@ class Recommender:
                 query.user_id, history, [item_id for item_id in query.only if item_id in kept], interests
             )
         else:
-            owned = self._log.seen_items(query.user_id)  # all: nobody is offered what they have, whatever the arm
-            exclude = owned | query.exclude | residents.unavailable
+            exclude = query.exclude | residents.unavailable
+            if not model.repeats:
+                exclude |= self._log.seen_items(query.user_id)  # all that the user has, whatever the arm
             candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude, interests)
             if query.boost:
                 candidates = _with_boosted(model, query, history, candidates, exclude)

@@ -20,7 +20,7 @@ from cluster.manifest import SYSTEM, TWO_STAGE
 from cluster.registry import Registry, VersionRef
 from embeddings.adapter import SETTINGS_FILE, Adapter
 from embeddings.tables import TablesConfig
-from training.baselines.config import RATINGS, SystemConfig
+from training.baselines.config import BASKETS, RATINGS, SystemConfig
 from training.checkpoint import read_checkpoint
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.version import (
@@ -86,7 +86,7 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         adapter=Adapter.load(folder) if (folder / SETTINGS_FILE).exists() else None,
     )
     metrics: dict[str, Any] = {**trained.metrics, ENCODER: trained.encoder_fingerprint}  # Any: JSON
-    if config.classical is not None:
+    if config.classical is not None or config.name == BASKETS:
         state = replace(state, system=load_file(folder / SYSTEM_FILE))
     if config.name == TWO_STAGE:
         state = _with_checkpoint(state, Path(trained.checkpoint))

@@ -25,7 +25,8 @@ from cluster.progress import progress
 from cluster.ray_session import ray_session
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from training.baselines.config import RATINGS, SystemConfig
+from training.baselines.config import BASKETS, RATINGS, SystemConfig
+from training.baskets.fit import fit_baskets
 from training.classical import check_memory, fit_beside, fit_system
 from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
@@ -47,12 +48,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     recipe = load_recipe(args.recipe, [*args.overrides, *overrides])
     data, home = args.data or args.home.default_dataset, args.home.ensure()
     system = recipe.section(SystemConfig)
-    if (system.classical or system.name == RATINGS) and (args.resume or is_examples(str(data))):
-        raise ConfigError(f"[system] {system.classical or RATINGS}: is fitted on a dataset, not on examples")
+    if (system.classical or system.name != TWO_STAGE) and (args.resume or is_examples(str(data))):
+        raise ConfigError(f"[system] {system.classical or system.name}: is fitted on a dataset, not on examples")
     if system.name not in (TWO_STAGE, RATINGS):
         if overrides:
             raise ConfigError(f"system.name={system.name}: is fitted at once; leave out --epochs and --workers")
-        return asdict(fit_system(recipe, load_dataset(data), home))
+        fit = fit_baskets if system.name == BASKETS else fit_system
+        return asdict(fit(recipe, load_dataset(data), home))
     engine = recipe.section(EngineConfig)
     with ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=args.verbose):
         if args.resume or is_examples(str(data)):

@@ -2,10 +2,11 @@
 
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
+from cluster.events import Event
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from serving.fallbacks import KEPT_ITEMS, Fallbacks
@@ -83,6 +84,24 @@ def test_an_item_is_boosted_from_wherever_it_stands_but_not_past_an_exclusion(ve
         assert found.slate.item_ids[0] == last
         barred = Query(user_id="nobody", k=3, arm="live", boost=frozenset([last]), exclude=frozenset([last]))
         assert last not in recommender.recommend(barred).slate.item_ids
+
+
+class Repeating(ServedModel):
+    """A model that offers what users have."""
+
+    repeats = True
+
+
+def test_what_users_have_is_offered_again_where_the_version_says_so(versions, home):
+    model = ServedModel.load(versions.registry, VersionRef(1))
+    again = Repeating(**{field.name: getattr(model, field.name) for field in fields(model)})
+    with EventLog(home.log) as log:
+        log.append([Event(event_id="one", user_id="u1", item_id="i7", kind="purchase", ts_us=1)])
+        for one, offered in ((model, False), (again, True)):
+            recommender = Recommender(
+                log, lambda one=one: Residents(live=one, pinned=None), PolicyConfig(), seed=0, candidates=500
+            )
+            assert ("i7" in recommender.recommend(Query(user_id="u1", k=500, arm="live")).slate.item_ids) == offered
 
 
 @pytest.mark.parametrize(

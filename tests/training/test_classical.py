@@ -351,7 +351,7 @@ def test_settings_that_are_unknown_or_out_of_range_are_refused(override):
         load_recipe("ease", [override])
 
 
-@pytest.mark.parametrize("name", ["popularity", "item_neighbours", "ease", "hybrid", "ratings"])
+@pytest.mark.parametrize("name", ["popularity", "item_neighbours", "ease", "hybrid", "ratings", "baskets"])
 def test_packaged_recipes_name_the_system_they_are_named_after(name):
     assert load_recipe(name).section(SystemConfig).name == name
 
@@ -360,7 +360,7 @@ def test_all_other_packaged_recipes_are_of_the_two_stage_model():
     systems = {name: load_recipe(name).section(SystemConfig).name for name in packaged_recipes()}
     two_stage = {name for name, system in systems.items() if system == TWO_STAGE}
     assert two_stage == {"clicks", "movielens", "two_tower", "text_lstm", "sasrec", "hstu", "deepfm"}
-    assert len(systems) == len(two_stage) + 5
+    assert len(systems) == len(two_stage) + 6
 
 
 def test_the_commands_fit_and_publish_it(dataset, home):

@@ -22,7 +22,8 @@ from training.baselines.interface import Recommender
 from training.baselines.neighbours import BLOCK, ItemNeighbours, Similarity, TextNeighbours, UserNeighbours
 from training.baselines.popularity import Popularity
 
-HYBRID, CONTENT, TEXT_NEIGHBOURS, RATINGS = "hybrid", "content", "text_neighbours", "ratings"
+HYBRID, CONTENT, TEXT_NEIGHBOURS = "hybrid", "content", "text_neighbours"
+RATINGS, BASKETS = "ratings", "baskets"
 Part = Literal["popularity", "item_neighbours", "user_neighbours", "text_neighbours", "content", "als", "bpr", "ease"]
 """A system that may be part of a hybrid."""
 
@@ -31,9 +32,9 @@ Part = Literal["popularity", "item_neighbours", "user_neighbours", "text_neighbo
 class SystemConfig:
     """Which system recommends."""
 
-    name: Literal["two_stage", "ratings", "hybrid"] | Part = TWO_STAGE
-    """The two-stage model, trained on Ray and learning while it serves; a classical system, fitted once; or the rating
-    model, which estimates and is not served."""
+    name: Literal["two_stage", "ratings", "baskets", "hybrid"] | Part = TWO_STAGE
+    """The two-stage model, trained on Ray and learning while it serves; a classical system, fitted once; the ranker of
+    next baskets, fitted once too; or the rating model, which estimates and is not served."""
     max_history: int = 100
     """Newest interactions of a user that a classical system scores."""
     blend: Literal["popularity", "item_neighbours", "content", "als", "ease"] | None = None
@@ -53,7 +54,7 @@ class SystemConfig:
     @property
     def classical(self) -> str | None:
         """The classical system that recommends, alone or beside the two-stage model; none where there is none."""
-        return self.blend if self.name in (TWO_STAGE, RATINGS) else self.name
+        return self.blend if self.name in (TWO_STAGE, RATINGS, BASKETS) else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

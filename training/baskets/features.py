@@ -11,6 +11,7 @@ Shapes: N purchases, U users, I items, P pairs of user and item (or category), C
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,9 @@ LEAST_GAP_DAYS = 0.5
 LEAST = 1e-9
 """What nothing divides by."""
 WEEK_S = 7 * DAY_S
+FACTS = ("feature_IF", "usual_I", "weekday_lift_I7", "hour_lift_C24", "popular")
+BESIDES = "besides."
+"""What is known of items, as a version keeps it."""
 
 GENERAL = (
     *(f"own_decay_{days}d" for days in HALF_LIVES_DAYS),
@@ -144,6 +148,17 @@ class ItemFacts:
                 for name, value_N in bought.besides.items()
             },
         )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what is known of items, their categories left out, for `restore`."""
+        besides = {BESIDES + name: value_I2 for name, value_I2 in self.besides.items()}
+        return {name: getattr(self, name) for name in FACTS} | besides
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray], category_I: IntArray) -> Self:
+        """Return what `arrays` were taken of; others among them are left alone."""
+        besides = {name.removeprefix(BESIDES): a for name, a in arrays.items() if name.startswith(BESIDES)}
+        return cls(category_I=category_I, besides=besides, **{name: arrays[name] for name in FACTS})
 
 
 def _means(row_N: IntArray, value_N: FloatArray, rows: int) -> FloatArray:

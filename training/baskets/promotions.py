@@ -6,13 +6,18 @@ Knows nothing of users or purchases.
 Shapes: N promotions, Q questions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from training.baselines.interface import IntArray
 from training.baskets.purchases import FloatArray
+
+SIZES, ARRAYS = "sizes", ("_starts_s", "_begin_N", "_until_s_N", "_change_M", "_times_s", "_places_M")
+"""What a version keeps: how many items and places there are; the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,16 @@ class Promotions:
             _times_s=times_s,
             _places_M=np.cumsum(step_M),  # all of an item's end, so the next one's begin at nought
         )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all of it, for `restore`."""
+        return {SIZES: np.array([self.items, self.places])} | {name: getattr(self, name) for name in ARRAYS}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Return what `arrays` were taken of."""
+        items, places = arrays[SIZES].tolist()
+        return cls(items=items, places=places, **{name: arrays[name] for name in ARRAYS})
 
     def at(self, place_Q: IntArray, item_Q: IntArray, at_s_Q: IntArray) -> npt.NDArray[np.bool_]:
         """Return whether items are promoted at places at times, [Q]; at a place below 0 none is."""

@@ -50,6 +50,15 @@ class Purchases:
             besides={name: value_N[is_kept] for name, value_N in self.besides.items()},
         )
 
+    def newest(self, most: int) -> "Purchases":
+        """Return the newest purchases of each user, so many at most."""
+        by_user = np.argsort(self.user_row, kind="stable")  # of each user in order of time
+        count_U = np.bincount(self.user_row, minlength=self.users)
+        after_N = np.cumsum(count_U)[self.user_row[by_user]] - 1 - np.arange(len(by_user))
+        is_kept = np.empty(len(by_user), np.bool_)
+        is_kept[by_user] = after_N < most
+        return self.where(is_kept)
+
     def summed(self, weight_N: FloatArray) -> sparse.csr_array:
         """Return the weights added up by user and item, [U, I]."""
         shape = (self.users, self.items)
@@ -91,6 +100,10 @@ class Visits:
     user_row: IntArray
     """Of each purchase of these visits."""
     item_row: IntArray
+
+    def at_s_of(self, user_row_B: IntArray) -> IntArray:
+        """Return when some of these users visit, [B]: known as they ask."""
+        return self.at_s[np.searchsorted(self.users, user_row_B)]
 
     @classmethod
     def after(cls, bought: Purchases, cut_s: int, until_s: int) -> "Visits":

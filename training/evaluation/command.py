@@ -69,8 +69,9 @@ def load_system(registry: Registry, ref: VersionRef) -> System:
     model = load_resident(registry, ref)
     if isinstance(model, ServedModel):
         return VersionSystem(model)
-    assert isinstance(model, ServedClassical), "there are two kinds of versions"
-    return ClassicalSystem(model)
+    if isinstance(model, ServedClassical):
+        return ClassicalSystem(model)
+    raise DataError(f"version {ref}: offers what users have, and is not ranked by what they have not; see [baskets]")
 
 
 def describe(scoreboard: Scoreboard) -> tuple[list[Row], list[Row]]:

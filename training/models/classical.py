@@ -12,13 +12,14 @@ Shapes: I items, E encoder dimension.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionRef
+from training.baselines.config import BASKETS, SystemConfig
+from training.models.baskets import ServedBaskets
 from training.models.blend import blended
 from training.models.fitted import FittedSystem
 from training.models.interests import Interests, match_items, weigh
@@ -123,16 +124,6 @@ class ServedClassical(Catalogue):
             return scores_I
         return blended(torch.from_numpy(scores_I), interest_I, weigh(len(known))).numpy()
 
-    @cached_property
-    def unit_vectors(self) -> torch.Tensor:
-        """Text vectors [I, E] of length 1, computed when neighbours are first asked for."""
-        return torch.nn.functional.normalize(self.text_IE, dim=1)
-
-    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
-        """Return the `k` items told most alike, by cosine, best first. Raises `KeyError` for an unknown item."""
-        index = self.index_of[item_id]
-        return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
-
     def _rows(self, item_ids: Sequence[str] | frozenset[str]) -> list[int]:
         """Return the rows of those items that can be recommended."""
         rows = (self.index_of.get(item_id) for item_id in item_ids)
@@ -141,7 +132,10 @@ class ServedClassical(Catalogue):
 
 def build_resident(state: VersionState, put: Put, resident: Resident | None = None) -> Resident:
     """Return the version as a resident of its kind; what the `resident` has of the same content is shared with it."""
-    return (ServedModel if state.dense else ServedClassical).build(state, put, resident)
+    if state.dense:
+        return ServedModel.build(state, put, resident)
+    kind = ServedBaskets if state.recipe.section(SystemConfig).name == BASKETS else ServedClassical
+    return kind.build(state, put, resident)
 
 
 def load_resident(registry: Registry, ref: VersionRef, resident: Resident | None = None) -> Resident:

@@ -9,6 +9,7 @@ Shapes: I items, N items put, E encoder dimension.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +50,11 @@ class Resident(Protocol):
     @property
     def classical(self) -> FittedSystem | None:
         """The classical system that recommends, alone or beside the two-stage model."""
+        ...
+
+    @property
+    def repeats(self) -> bool:
+        """Whether users are offered what they have."""
         ...
 
     @property
@@ -154,6 +160,11 @@ class Catalogue:
     """Encoder vectors of all items."""
 
     @property
+    def repeats(self) -> bool:
+        """Whether users are offered what they have."""
+        return False
+
+    @property
     def name(self) -> str:
         """The version with its delta, such as 1.37."""
         return str(self.state.ref)
@@ -221,6 +232,16 @@ class Catalogue:
         best = chosen[np.argsort(-scores_I[chosen], kind="stable")[:k]]
         best = best[np.isfinite(scores_I[best])]
         return Candidates(item_ids=[self.item_ids[i] for i in best], scores=scores_I[best], cold_start=cold_start)
+
+    @cached_property
+    def unit_vectors(self) -> torch.Tensor:
+        """Text vectors [I, E] of length 1, computed when neighbours are first asked for."""
+        return torch.nn.functional.normalize(self.text_IE, dim=1)
+
+    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
+        """Return the `k` items nearest by cosine, best first. Raises `KeyError` for an unknown item."""
+        index = self.index_of[item_id]
+        return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
 
     def nearest(self, cosine_I: np.ndarray, index: int, k: int) -> list[tuple[str, float]]:
         """Return the `k` items with the highest cosines, without the one of this index; overwrites the cosines."""

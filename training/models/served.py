@@ -231,11 +231,6 @@ class ServedModel(Catalogue):
             user_D.unsqueeze(0),
         )[0, -1]
 
-    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
-        """Return the `k` nearest items by cosine, best first. Raises `KeyError` for an unknown item."""
-        index = self.index_of[item_id]
-        return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
-
 
 def _build_dense(state: VersionState, resident: Resident | None) -> TwoStage:
     config = state.recipe.section(ModelConfig)

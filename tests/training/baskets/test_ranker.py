@@ -72,3 +72,11 @@ def test_without_a_second_visit_there_is_nothing_to_learn() -> None:
 def test_a_setting_out_of_range_is_named(setting: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BasketConfig(**setting)
+
+
+def test_the_newest_purchases_of_each_user_are_kept_in_order() -> None:
+    rows = np.array([(0, 5, 1), (1, 6, 2), (0, 7, 3), (0, 8, 3), (1, 9, 4)])
+    bought = Purchases(user_row=rows[:, 0], item_row=rows[:, 1], ts_s=rows[:, 2], users=2, items=10)
+    assert bought.newest(2).item_row.tolist() == [6, 7, 8, 9]
+    assert bought.newest(1).item_row.tolist() == [8, 9]
+    assert bought.newest(9).item_row.tolist() == bought.item_row.tolist()
