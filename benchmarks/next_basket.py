@@ -33,6 +33,7 @@ from cluster.log import Interaction
 from cluster.registry import Registry
 from embeddings.vocabulary import Vocabulary
 from training.baselines.baskets import PersonalFrequency, TifuKnn
+from training.baselines.config import SystemConfig
 from training.baselines.interface import IntArray, Scores
 from training.baskets.fit import ndcg_of_visits
 from training.baskets.inputs import COLUMNS, read_kinds, read_purchases
@@ -163,13 +164,19 @@ def _systems(*, quick: bool) -> dict[str, list[tuple[Json, Callable[[], BasketSy
 def _ranked(
     kind_I: IntArray, promotions: dict[str, Promotions], validation: Task, test: Task, *, quick: bool
 ) -> dict[str, Learned]:
-    """Return the learned ranker's figures."""
+    """Return the learned ranker's figures: with all that is told of purchases, and with what a version is told."""
     config = BasketConfig(cuts=2, rounds=20) if quick else BasketConfig()
-    values = []
-    for task in (validation, test):
-        ranker = BasketRanker(kind_I, config, promotions).fit(task.known)
-        values.append(task.ndcg(lambda rows, ranker=ranker, task=task: ranker.scores(rows, task.visits.at_s_of(rows))))
-    return {"learned ranker": (asdict(config), float(values[0].mean()), values[1])}
+    newest = load_recipe("baskets").section(SystemConfig).max_history
+    found: dict[str, Learned] = {}
+    for name, is_served in (("learned ranker", False), ("learned ranker, as served", True)):
+        values = []
+        for task in (validation, test):
+            known = replace(task.known, besides={}) if is_served else task.known
+            ranker = BasketRanker(kind_I, config, promotions, newest=newest if is_served else None).fit(known)
+            at_s_of = task.visits.at_s_of
+            values.append(task.ndcg(lambda rows, ranker=ranker, at_s_of=at_s_of: ranker.scores(rows, at_s_of(rows))))
+        found[name] = (asdict(config), float(values[0].mean()), values[1])
+    return found
 
 
 def _two_stage(
