@@ -5,19 +5,17 @@
 In:  a prepared dataset of purchases (Complete Journey); a home with a two-stage model trained on the first 90% of its
 events, less the validation share at their end (`train.final_epochs=0`).
 Out: NDCG@10 of each user's first basket after these 90%, every product ranked, with 95% intervals over users: what is
-popular, what the user buys most often, with and without forgetting, TIFU-KNN; the learned ranker of baskets; the
+popular, what the user buys most often, with and without forgetting, TIFU-KNN; the learned ranker of baskets, with all
+that is told of purchases and with what histories tell a version of it (`recloop train --recipe baskets`); the
 two-stage model, alone and with the best classical system beside it. Settings and weights are chosen on first baskets
 after the start of the validation share, from what was bought before it.
 What bounds it: nine in ten products of a basket are repeats or bought by few.
 """
 
-# pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions at import, out of pyright's sight.)
-
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -26,6 +24,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.harness import build_check, build_parser, print_result
+from cluster.config import load_recipe
 from cluster.dataset import load_dataset
 from cluster.events import KINDS
 from cluster.home import Home
