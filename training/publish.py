@@ -23,6 +23,7 @@ from embeddings.tables import TablesConfig
 from training.baselines.config import BASKETS, RATINGS, SystemConfig
 from training.checkpoint import read_checkpoint
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
+from training.models.placing import Placing, place_items
 from training.models.version import (
     COUNT_ROWS,
     ENCODER,
@@ -34,7 +35,7 @@ from training.models.version import (
     write_version,
 )
 from training.online.canary import begin_canary
-from training.run import SYSTEM_FILE, TEXT_FILE, TrainedRun, latest_run, read_recipe
+from training.run import SYSTEM_FILE, TEXT_FILE, TEXT_PRIOR, TEXT_RIDGE, TrainedRun, latest_run, read_recipe
 from training.stream import DataConfig, build_history
 
 
@@ -90,6 +91,8 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         state = replace(state, system=load_file(folder / SYSTEM_FILE))
     if config.name == TWO_STAGE:
         state = _with_checkpoint(state, Path(trained.checkpoint))
+        if (prior := metrics.get(TEXT_PRIOR)) is not None:  # a run from before has none
+            state = place_items(state, Placing(prior, metrics[TEXT_RIDGE]))
     else:
         metrics[SYSTEM] = config.name
     if config.blend is not None:  # by the weight that was chosen, where none was given

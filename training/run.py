@@ -25,6 +25,8 @@ SYSTEM_FILE = "system.safetensors"
 VALIDATED_SYSTEM_FILE = "system-validated.safetensors"
 """The same without the validation interactions, where it is blended with the two-stage model."""
 METRICS_FILE = "metrics.jsonl"
+TEXT_PRIOR, TEXT_RIDGE = "text_prior", "text_ridge"
+"""Metrics of a run: how its version places items (training/models/placing.py)."""
 SCORES_FILE = "scores.json"
 """What a run over examples came to, written by its first worker."""
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -42,6 +44,11 @@ class TrainConfig:
     """Epochs without a better validation NDCG@10 before training stops."""
     final_epochs: int = 2
     """Epochs after that over all interactions, the validation ones included."""
+    text_prior: float | None = None
+    """Interactions that an item's text counts for in where a version places it; chosen by validation where none is
+    given, 0 leaves items where training left them."""
+    text_ridge: float = 1.0
+    """The larger, the less a text says; chosen too, where `text_prior` is."""
     learning_rate: float = 0.002
     """Of AdamW on the dense weights."""
     weight_decay: float = 0.0
@@ -68,6 +75,10 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be 0 or more")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ConfigError(f"train.min_workers={self.min_workers}: must be from 1 to train.workers={self.workers}")
+        if self.text_prior is not None and self.text_prior < 0:
+            raise ConfigError(f"train.text_prior={self.text_prior}: must be 0 or more")
+        if self.text_ridge <= 0:
+            raise ConfigError(f"train.text_ridge={self.text_ridge}: must be above 0")
         if not 0 < self.final_rate <= 1:
             raise ConfigError(f"train.final_rate={self.final_rate}: must be in (0, 1]")
 

@@ -4,11 +4,13 @@ In:  the job: a recipe, a dataset folder, a run folder.  Out: checkpoints and me
 Knows nothing of the driver. Ray has set up the process group; torchrec is imported here, not on the driver.
 
     fit     epochs over the training interactions until validation NDCG@10 stops rising
+    place   how far items with few interactions are drawn to where their texts say, chosen by validation
     blend   where the recipe says so: the weight of the classical system beside it that validates best
     final   the best epoch's state back, then a few epochs over the validation interactions as well
 """
 
 import json
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -32,9 +34,10 @@ from training.evaluation.classical import WEIGHTS
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
 from training.evaluation.next_item import Beside, Catalogue, rank_next_items
 from training.inputs import TrainingInputs, load_inputs
+from training.models.placing import LEFT, PLACINGS, Placing, draw_to_text
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig, TwoStage
-from training.run import TEXT_FILE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
+from training.run import TEXT_FILE, TEXT_PRIOR, TEXT_RIDGE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
 from training.step import Optimizers, train_step
 from training.stream import DataConfig, count_batches, stream_batches
 from training.tracking import Scalars
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from torchrec.distributed.model_parallel import DistributedModelParallel
 
 PROGRESS_FILE = "progress.json"
+MOST_CHOOSING = 5_000
+"""Validation interactions by which a placing is chosen."""
 UNTOLD_SPREAD = 0.02
 """Standard deviation of the rows that items without text start from."""
 
@@ -58,6 +63,8 @@ class Progress:
     best_ndcg_at_10: float = -1.0
     final_epochs: int = 0
     """Final epochs already done."""
+    placed: dict[str, float] = field(default_factory=dict)
+    """How far items are drawn to their texts, and what that comes to; empty until it is chosen."""
     blended: dict[str, float] = field(default_factory=dict)
     """The weight of the classical system beside the model, and what they come to together; empty without one."""
 
@@ -100,7 +107,8 @@ def train_worker(job: dict[str, str]) -> None:
             report(metrics, model, optimizers, progress)
         if progress.final_epochs == 0:
             load_checkpoint(model, optimizers, best_folder(folder, progress.best_epoch))
-            progress.blended = choose_blend(model, inputs, recipe, folder)
+            catalogue, progress.placed = choose_placing(model, inputs, config)
+            progress.blended = choose_blend(dense_part(model), catalogue, inputs, recipe, folder)
         while progress.final_epochs < config.final_epochs:
             metrics = train_epoch(model, optimizers, inputs, recipe, progress)
             progress.final_epochs += 1
@@ -160,8 +168,30 @@ def validate(model: "DistributedModelParallel", inputs: TrainingInputs) -> dict[
     return _mean_figures(dense_part(model), gather_catalogue(model, inputs), inputs, mine)
 
 
+def choose_placing(
+    model: "DistributedModelParallel", inputs: TrainingInputs, config: TrainConfig
+) -> tuple[Catalogue, dict[str, float]]:
+    """Collective. Return the catalogue placed as it validates best, and how: see training/models/placing.py."""
+    dense, step = dense_part(model), math.ceil(len(inputs.validation) / MOST_CHOOSING)
+    mine = inputs.validation[:: max(step, 1)][dist.get_rank() :: dist.get_world_size()]
+    catalogue, text_IE = gather_catalogue(model, inputs), torch.tensor(inputs.text)
+    if not text_IE.any():
+        return catalogue, {}
+    count_I = torch.from_numpy(np.bincount(inputs.train.item_row, minlength=len(text_IE)))
+    text_IE = text_IE.to(catalogue.item_ID)
+    best, best_placing, best_figures = catalogue, LEFT, {"ndcg_at_10": -1.0}
+    for placing in PLACINGS if config.text_prior is None else (Placing(config.text_prior, config.text_ridge),):
+        item_ID, _ = draw_to_text(catalogue.item_ID, text_IE, count_I, placing)
+        placed = replace(catalogue, item_ID=item_ID)
+        figures = _mean_figures(dense, placed, inputs, mine)
+        if figures["ndcg_at_10"] > best_figures["ndcg_at_10"]:
+            best, best_placing, best_figures = placed, placing, figures
+    chosen = {TEXT_PRIOR: best_placing.prior, TEXT_RIDGE: best_placing.ridge}
+    return best, chosen | {f"placed_{name}": value for name, value in best_figures.items()}
+
+
 def choose_blend(
-    model: "DistributedModelParallel", inputs: TrainingInputs, recipe: Recipe, folder: Path
+    dense: TwoStage, catalogue: Catalogue, inputs: TrainingInputs, recipe: Recipe, folder: Path
 ) -> dict[str, float]:
     """Collective. Return the weight of the classical system beside the model that validates best, and its figures."""
     config = recipe.section(SystemConfig)
@@ -170,11 +200,10 @@ def choose_blend(
     arrays = load_file(folder / VALIDATED_SYSTEM_FILE)
     system = build_system(recipe, config.blend, np.asarray(inputs.text)).restore(arrays)
     mine = inputs.validation[dist.get_rank() :: dist.get_world_size()]
-    catalogue = gather_catalogue(model, inputs)
     figures: dict[float, dict[str, float]] = {}
     for weight in WEIGHTS if config.blend_weight is None else (config.blend_weight,):
         beside = Beside(system=system, max_history=config.max_history, weight=weight)
-        figures[weight] = _mean_figures(dense_part(model), replace(catalogue, beside=beside), inputs, mine)
+        figures[weight] = _mean_figures(dense, replace(catalogue, beside=beside), inputs, mine)
     best = max(figures, key=lambda weight: figures[weight]["ndcg_at_10"])
     return {"blend_weight": best} | {f"blended_{name}": value for name, value in figures[best].items()}
 
@@ -232,6 +261,7 @@ def report(
             metrics
             | {f"best_{name}": value for name, value in best.items()}
             | {"best_epoch": progress.best_epoch}
+            | progress.placed
             | progress.blended,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
         )

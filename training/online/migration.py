@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from embeddings.text_encoder import TextEncoder
+from training.models.placing import PROJECT, restart_moments, ridge
 from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState
 
-PROJECT = "project.weight"
 RIDGE = 1e-3
 """Of the regressions, as a share of the mean square of what is regressed on."""
 NEIGHBOURS = 10
@@ -54,9 +54,9 @@ def bridge(old_NE: np.ndarray, new_NE: np.ndarray, is_encoded_N: np.ndarray) -> 
     fitted = np.setdiff1d(encoded, told)
     recall = None
     if len(fitted) and len(told):
-        guessed_NE = _unit(old_NE[told] @ ridge(old_NE[fitted], new_NE[fitted]))
+        guessed_NE = _unit(old_NE[told] @ ridge(old_NE[fitted], new_NE[fitted], None, RIDGE))
         recall = neighbour_recall(guessed_NE, new_NE[told], new_NE[encoded])
-    bridged_NE = _unit(old_NE @ ridge(old_NE[encoded], new_NE[encoded]))
+    bridged_NE = _unit(old_NE @ ridge(old_NE[encoded], new_NE[encoded], None, RIDGE))
     is_told_N1 = np.any(old_NE, axis=1, keepdims=True)
     vector_NE = np.where(is_encoded_N[:, None], new_NE, bridged_NE * is_told_N1).astype(np.float32)
     return Bridged(vector_NE=vector_NE, is_encoded_N=is_encoded_N, recall=recall)
@@ -68,14 +68,6 @@ def neighbour_recall(guessed_NE: np.ndarray, true_NE: np.ndarray, among_ME: np.n
     true_NK = np.argsort(-(true_NE @ among_ME.T), axis=1, kind="stable")[:, :most]
     guessed_NK = np.argsort(-(guessed_NE @ among_ME.T), axis=1, kind="stable")[:, :most]
     return float(np.mean([len(set(a) & set(b)) / most for a, b in zip(true_NK, guessed_NK, strict=True)]))
-
-
-def ridge(from_NE: np.ndarray, to_ND: np.ndarray, weight_N: np.ndarray | None = None) -> np.ndarray:
-    """Return W [E, D] that minimises Σ weight · |from · W − to|² + λ|W|²."""
-    x, y = from_NE.astype(np.float64), to_ND.astype(np.float64)
-    weighed = x if weight_N is None else x * weight_N[:, None]
-    gram = weighed.T @ x
-    return np.linalg.solve(gram + (RIDGE * np.trace(gram) / len(gram) + 1e-12) * np.eye(len(gram)), weighed.T @ y)
 
 
 def move_to(state: VersionState, text_IE: np.ndarray, encoder: TextEncoder) -> tuple[VersionState, float]:
@@ -98,18 +90,10 @@ def refit_projection(
     """Return the weights with a projection of the new vectors, and how far items move: a share of the old length."""
     before_ND = (old_NE @ dense[PROJECT].T).numpy()
     weight_N = 1 + np.log1p(count_N.numpy().astype(np.float64))
-    project_DE = torch.from_numpy(ridge(new_NE.numpy(), before_ND, weight_N).T.astype(np.float32)).contiguous()
+    project_DE = torch.from_numpy(ridge(new_NE.numpy(), before_ND, weight_N, RIDGE).T).contiguous()
     after_ND = (new_NE @ project_DE.T).numpy()
     moved = np.linalg.norm(after_ND - before_ND) / max(np.linalg.norm(before_ND), 1e-12)
     return {**dense, PROJECT: project_DE}, float(moved)
-
-
-def restart_moments(optimizer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the optimiser's tensors with what it knew of the old projection's gradients forgotten."""
-    return {
-        name: torch.zeros_like(tensor) if name.startswith(f"{PROJECT}.") else tensor
-        for name, tensor in optimizer.items()
-    }
 
 
 def _unit(vector_NE: np.ndarray) -> np.ndarray:
