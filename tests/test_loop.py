@@ -29,6 +29,7 @@ from serving.metrics import Metrics
 from serving.recommender import Query, Recommender
 from serving.refresh import Refresher
 from training.evaluation.replay import Client, known_users, replay
+from training.models.placing import PLACINGS
 from training.online.learner import OnlineLearner
 from training.policies import PolicyConfig
 
@@ -264,7 +265,11 @@ def write_own_events(path: Path) -> int:
 def test_anyones_events_become_a_version_that_is_evaluated(tmp_path):
     events, home, data = tmp_path / "clicks.csv", tmp_path / "home", tmp_path / "shop"
     sound = write_own_events(events)
+    items = tmp_path / "items.csv"
+    named = [f'"artikel ""{n}"", blau",{("Hose", "Rock")[n % 2]}' for n in range(24)]
+    items.write_text("\n".join(["nr,name", *named]))
     columns = ("--columns", "user=Kunde,item=Artikel Nr.,time=am")
+    columns += ("--items", str(items), "--item-columns", "item=nr,text=name")
     common = ("--home", str(home), "--json", *(word for pair in OWN_RECIPE for word in ("--set", pair)))
 
     prepared = recloop("prepare", "--events", str(events), *columns, "--out", str(data), *common)
@@ -276,6 +281,8 @@ def test_anyones_events_become_a_version_that_is_evaluated(tmp_path):
     trained = recloop("train", "--data", str(data), "--workers", "1", "--epochs", "2", *common)
     assert trained.returncode == 0, trained.stderr
     run = last_json(trained.stdout)
+    assert run["metrics"]["text_prior"] in {placing.prior for placing in PLACINGS}
+    assert run["metrics"]["placed_ndcg_at_10"] >= run["metrics"]["best_ndcg_at_10"]  # of as many: all of them
     published = recloop("publish", *common)
     assert published.returncode == 0, published.stderr
     assert (last_json(published.stdout)["version"], last_json(published.stdout)["run"]) == ("1.0", run["folder"])
