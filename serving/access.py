@@ -25,6 +25,8 @@ READS = frozenset(("/v1/recommend", "/v1/rank", "/v1/embeddings"))
 """Paths of questions that are asked with POST."""
 ADMIN = frozenset(("/metrics", "/v1/versions"))
 """Paths that tell of the system, not of items."""
+PERSONAL = "/v1/users/"
+"""Begins the paths that tell what somebody did."""
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
@@ -32,7 +34,7 @@ def needed_role(method: str, path: str) -> str | None:
     """Return the role that a request needs; none where it needs no key."""
     if path in OPEN:
         return None
-    if path in ADMIN:
+    if path in ADMIN or path.startswith(PERSONAL):
         return "admin"
     return "read" if method in SAFE_METHODS or path in READS else "write"
 

@@ -13,6 +13,7 @@ import numpy as np
 from cluster.catalogue import Item
 from cluster.log import EventLog
 from training.models.resident import Resident
+from training.models.tags import PutTags
 
 READ_ITEMS = 256
 """Most items read, or encoded, in one go."""
@@ -38,10 +39,13 @@ class LiveCatalogue:
         self._items: dict[str, Item] = {}
         self._vectors: OrderedDict[str, dict[str, tuple[str, np.ndarray]]] = OrderedDict()
         self._windows: dict[str, tuple[int, int]] = {}
+        self.tags = PutTags()
+        """Of what was put; replaced as a whole, never changed."""
 
     def poll(self) -> None:
         """Read what was put since the last call."""
         while fresh := self._log.read_items(self._item_seq, READ_ITEMS):
+            self.tags = self.tags.with_items((item for _, item in fresh), self._items)
             for _, item in fresh:
                 self._remember(item)
             self._item_seq = fresh[-1][0]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal
 
 from serving.experiments import ARMS
-from serving.recommender import Query, Recommendation, leave_out
+from serving.recommender import Query, Recommendation, find_within, leave_out
 from serving.refresh import Residents
 from training.policies import Slate
 
@@ -47,8 +47,14 @@ class Fallbacks:
         """Return what stands in for an answer, from memory alone."""
         last = self._last.get((query.user_id, query.arm)) if query.only is None else None
         if last is not None:
-            barred = query.exclude | residents.unavailable
-            kept = [place for place, item_id in enumerate(last.slate.item_ids) if item_id not in barred][: query.k]
+            model = residents.model_of(ARMS[query.arm], query.user_id)
+            barred, within_I = query.exclude | residents.unavailable, find_within(model, query, residents)
+            kept = [
+                place
+                for place, item_id in enumerate(last.slate.item_ids)
+                if item_id not in barred
+                and (within_I is None or (model.knows(item_id) and within_I[model.index_of[item_id]]))
+            ][: query.k]
             if kept:
                 slate = Slate(
                     item_ids=[last.slate.item_ids[place] for place in kept],
@@ -68,7 +74,8 @@ def _popular(query: Query, residents: Residents) -> Recommendation:
         left = {item_id for item_id, _ in unranked}
         found = model.rank("", (), [item_id for item_id in query.only if item_id not in left])
     else:
-        found = model.recommend("", (), query.k, query.exclude | residents.unavailable)
+        barred, within_I = query.exclude | residents.unavailable, find_within(model, query, residents)
+        found = model.recommend("", (), query.k, barred, None, within_I)
     slate = Slate(item_ids=found.item_ids, scores=found.scores.tolist(), propensities=[1.0] * len(found.item_ids))
     return Recommendation(
         request_id=uuid.uuid4().hex,

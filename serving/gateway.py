@@ -108,6 +108,7 @@ class Gateway:
         add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
         add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
         add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
+        add("/v1/users/{user_id:path}", self.show_user, "GET", schemas.UserResponse, {})
         add("/v1/embeddings", self._embeddings.embed, "POST", schemas.EmbeddingsResponse, embeddings_body)
         add("/v1/models", self._embeddings.list_models, "GET", schemas.ModelsResponse, {})
         add("/v1/models/{model:path}", self._embeddings.show_model, "GET", schemas.ModelDescription, {})
@@ -123,7 +124,7 @@ class Gateway:
         asked = schemas.RecommendRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         if asked.k > self._config.max_k:
             raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
-        return await self._answer(asked, asked.k, None)
+        return await self._answer(asked, asked.k, None, tuple(asked.categories), asked.domain)
 
     async def rank(self, request: Request) -> Response:
         """Put the caller's candidates in order for a user, those that the user has too."""
@@ -131,7 +132,14 @@ class Gateway:
         candidates = tuple(dict.fromkeys(asked.items))
         return await self._answer(asked, len(candidates), candidates)
 
-    async def _answer(self, asked: schemas.AskRequest, k: int, candidates: tuple[str, ...] | None) -> Response:
+    async def _answer(
+        self,
+        asked: schemas.AskRequest,
+        k: int,
+        candidates: tuple[str, ...] | None,
+        categories: tuple[str, ...] = (),
+        domain: str | None = None,
+    ) -> Response:
         began_s = time.monotonic()
         arm = asked.arm or self._config.arms[0]
         if arm not in self._config.arms:
@@ -146,6 +154,8 @@ class Gateway:
             stated=await self._read_interests(asked, arm, deadline_s),
             boost=frozenset(asked.boost),
             bury=frozenset(asked.bury),
+            categories=categories,
+            domain=domain,
             only=candidates,
         )
         found, fallback = await self._find(query, deadline_s)
@@ -214,6 +224,10 @@ class Gateway:
         found_in = {"version": model.name, "learned_seq": model.learned_seq}
         return _json({"item_id": item_id, **found_in, "items": neighbours})
 
+    async def show_user(self, user_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 20) -> Response:
+        """Say what is known of a user, whose id may hold slashes, and what the next answer is made from."""
+        return _json(await self._in_pool(self._describe_user, user_id, k))
+
     async def list_versions(self) -> Response:
         """Say what answers each arm, what is promoted and what it knew beforehand, and how fresh the weights are."""
         return _json(await self._in_pool(self._describe_versions))
@@ -243,6 +257,20 @@ class Gateway:
         )  # first, and cached: an item that cannot be encoded is not stored
         self._log.put_items(items)
         self._refresher.refresh_items()
+
+    def _describe_user(self, user_id: str, k: int) -> Json:
+        model = self._refresher.residents.model_of(ARMS[self._config.arms[0]], user_id)
+        state = self._log.user_state(user_id, k)
+        about: Json = {
+            "user_id": user_id,
+            "version": model.name,
+            "has_row": user_id in model.user_row,
+            "state_seq": state.seq,
+            "items": len(self._log.seen_items(user_id)),
+            "looked_back_on": model.max_history,
+            "history": [{**entry._asdict(), "text": model.text_of(entry.item_id)} for entry in state.history],
+        }
+        return about | ({"state_fallback": True} if state.fallback else {})
 
     def _describe_versions(self) -> Json:
         residents = self._refresher.residents

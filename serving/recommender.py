@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.log import EventLog, Interaction
 from embeddings.text_encoder import EncoderConfig
@@ -38,6 +39,10 @@ class Query:
     """Items that stand before all others."""
     bury: frozenset[str] = frozenset()
     """Items that stand behind all others."""
+    categories: tuple[str, ...] = ()
+    """Only items of any of these, where some are given."""
+    domain: str | None = None
+    """Only items of it."""
     only: tuple[str, ...] | None = None
     """The caller's candidates, each once; none means the catalogue less what the user has."""
 
@@ -103,9 +108,11 @@ class Recommender:
             exclude = query.exclude | residents.unavailable
             if not model.repeats:
                 exclude |= self._log.seen_items(query.user_id)  # all that the user has, whatever the arm
-            candidates = model.recommend(query.user_id, history, max(query.k, self._candidates), exclude, interests)
+            within_I = find_within(model, query, residents)
+            wanted = max(query.k, self._candidates)
+            candidates = model.recommend(query.user_id, history, wanted, exclude, interests, within_I)
             if query.boost:
-                candidates = _with_boosted(model, query, history, candidates, exclude)
+                candidates = _with_boosted(model, query, history, candidates, exclude, within_I)
         if interests is not None:
             candidates = model.bury(candidates, interests)
         if query.boost or query.bury:
@@ -129,6 +136,13 @@ class Recommender:
         )
 
 
+def find_within(model: Resident, query: Query, residents: Residents) -> npt.NDArray[np.bool_] | None:
+    """Return which of the model's items the query is narrowed to; none where to all."""
+    if not query.categories and query.domain is None:
+        return None
+    return model.within(query.categories, query.domain, residents.tags)
+
+
 def leave_out(model: Resident, query: Query, unavailable: frozenset[str]) -> list[tuple[str, str]]:
     """Return the caller's candidates that are not ranked, each with the reason."""
     left: list[tuple[str, str]] = []
@@ -143,10 +157,17 @@ def leave_out(model: Resident, query: Query, unavailable: frozenset[str]) -> lis
 
 
 def _with_boosted(
-    model: Resident, query: Query, history: Sequence[Interaction], candidates: Candidates, exclude: frozenset[str]
+    model: Resident,
+    query: Query,
+    history: Sequence[Interaction],
+    candidates: Candidates,
+    exclude: frozenset[str],
+    within_I: npt.NDArray[np.bool_] | None,
 ) -> Candidates:
     """Return the candidates and, after them, what is boosted and was not found among so many."""
     more = query.boost - exclude - set(candidates.item_ids)
+    if within_I is not None:
+        more = {item_id for item_id in more if model.knows(item_id) and within_I[model.index_of[item_id]]}
     ranked = model.rank(query.user_id, history, sorted(item_id for item_id in more if model.can_rank(item_id)))
     return replace(
         candidates,

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from serving.freshness import LearnedEvents
 from serving.metrics import Metrics
 from training.models.classical import build_resident
 from training.models.resident import Resident
+from training.models.tags import PutTags
 from training.models.version import VersionState, apply_delta, read_version
 
 RETRY_REFUSED_S = 5.0
@@ -55,6 +56,8 @@ class Residents:
     """What `live` was before the last swap."""
     unavailable: frozenset[str] = frozenset()
     """Items outside their time of availability."""
+    tags: PutTags = field(default_factory=PutTags)
+    """What the items put since are told to be."""
 
     def model_of(self, arm: Arm, user_id: str | None = None) -> Resident:
         """Return the model of an arm that is switched on; for users on trial that of their trial."""
@@ -130,7 +133,7 @@ class Refresher:
                 same = VersionRef.parse(live.name).version == pinned_version
                 pinned = live if same else self._load(VersionRef(pinned_version), live)
             unavailable = self._catalogue.unavailable(_now_us())
-            self._residents = Residents(live=live, pinned=pinned, unavailable=unavailable)
+            self._residents = Residents(live=live, pinned=pinned, unavailable=unavailable, tags=self._catalogue.tags)
             self._metrics.set_learned_seq(live.learned_seq)
             self._attempt("version", self._follow_pointer)
             self._attempt("canary", self._follow_canary)
@@ -184,6 +187,7 @@ class Refresher:
             pinned=before.pinned and self._catalogue.lay_over(before.pinned),
             canary=before.canary and self._catalogue.lay_over(before.canary),
             unavailable=self._catalogue.unavailable(_now_us()),
+            tags=self._catalogue.tags,
         )
 
     def _follow_pointer(self) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SkipValidation, TypeAdapter
 
-from cluster.catalogue import Item
+from cluster.catalogue import MAX_CATEGORIES, Item
 from cluster.events import KINDS, MAX_ID_CHARS, Event
 from serving.interests import Fallback
 
@@ -67,6 +67,10 @@ class RecommendRequest(AskRequest):
     k: int = Field(
         default=10, ge=1, le=2**31, description="Length of the slate; a smaller catalogue gives a shorter one."
     )
+    categories: list[Identifier] = Field(
+        default=[], max_length=MAX_CATEGORIES, description="Only items of any of these, where some are given."
+    )
+    domain: Identifier | None = Field(default=None, description="Only items of it.")
 
 
 class RecommendedItem(BaseModel):
@@ -234,6 +238,30 @@ class ItemsResponse(BaseModel):
 
     accepted: int
     rejected: list[RejectedEntry]
+
+
+class HistoryEntry(BaseModel):
+    """Something that a user did."""
+
+    item_id: str
+    kind: str
+    value: float | None
+    ts_us: int
+    seq: int = Field(description="Place in the log; 0 or less for what was known beforehand.")
+    text: str | None = Field(description="Of the item; none where the version does not know it.")
+
+
+class UserResponse(BaseModel):
+    """A user as the system sees them."""
+
+    user_id: str
+    version: str
+    has_row: bool = Field(description="Whether the version has learned of this very user.")
+    state_seq: int = Field(description="The user's newest event in the log; 0 where there is none.")
+    state_fallback: bool = False
+    items: int = Field(description="How many items the user has.")
+    looked_back_on: int = Field(description="Newest interactions that the version answers from.")
+    history: list[HistoryEntry] = Field(description="Newest interactions, oldest first.")
 
 
 class SimilarItem(BaseModel):

@@ -13,6 +13,7 @@ from cluster.output import Result
 def run(args: argparse.Namespace) -> Result:
     """Ask once."""
     fields = {"k": args.k, "with_text": True, "interests": args.interests, "arm": args.arm}
+    fields |= {"categories": args.category, "domain": args.domain}
     with Client(args.url, args.key) as client:
         answer = client.recommend(args.user, **{name: value for name, value in fields.items() if value is not None})
     shown = ("version", "arm", "cold_start", "used", "interests", "encoder", "fallback")

@@ -325,6 +325,8 @@ def _ask(commands: Commands) -> _Parser:
     parser.add_argument("user", metavar="USER")
     parser.add_argument("--interests", metavar="TEXT", help="what the user says they like, in plain words")
     parser.add_argument("--k", metavar="N", type=_positive, default=10, help="how many; default: %(default)s")
+    parser.add_argument("--category", metavar="NAME", action="append", help="only items of it; may be repeated: of any")
+    parser.add_argument("--domain", metavar="NAME", help="only items of it")
     parser.add_argument("--arm", help="default: the first of the server's")
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
     parser.add_argument("--key", help="an API key; default: $RECLOOP_API_KEY, which no list of processes shows")

@@ -76,6 +76,12 @@ def tiny_recipe() -> Recipe:
     return Recipe.from_toml(RECIPE, name="tiny", sections=SECTIONS)
 
 
+def tags() -> pa.Table:
+    """Return categories, even or odd and a tenth of them, and domains, early and late ones."""
+    categories = [[("even", "odd")[row % 2], *(["tenth"] if row % 10 == 0 else [])] for row in range(ITEMS)]
+    return pa.table({"categories": categories, "domain": [("early", "late")[2 * row // ITEMS] for row in range(ITEMS)]})
+
+
 class TinyVersions:
     """A registry of random weights for items i0, i1, … and users u0, u1, …, who have liked i0 and i1."""
 
@@ -112,6 +118,7 @@ class TinyVersions:
                 TEXT_ROWS: torch.nn.functional.normalize(torch.randn(ITEMS, TEXT_DIM, generator=generator), dim=1),
                 COUNT_ROWS: torch.arange(ITEMS, 0, -1),
             },
+            tags=tags(),
             dense=TwoStage(recipe.section(ModelConfig), dim, TEXT_DIM).state_dict(),
             optimizer={},
         )

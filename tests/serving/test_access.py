@@ -82,6 +82,7 @@ def test_writing_needs_more_than_reading_whatever_is_added_one_day():
     )
     assert needed_role("POST", "/v1/recommend") == needed_role("GET", "/v9/x") == needed_role("GET", "/docs") == "read"
     assert needed_role("GET", "/v1/versions") == needed_role("GET", "/metrics") == "admin"
+    assert needed_role("GET", "/v1/users/u1") == "admin"  # what somebody did
     assert needed_role("POST", "/v1/recommend/") == "write"  # not the path that is listed, so the larger role
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.events import INTERACTION_KINDS
@@ -91,10 +92,11 @@ class ServedBaskets(Catalogue):
         k: int,
         exclude: frozenset[str] = frozenset(),
         interests: Interests | None = None,
+        within_I: npt.NDArray[np.bool_] | None = None,
     ) -> Candidates:
-        """Return up to `k` items, best first, without those excluded."""
+        """Return up to `k` items, best first, without those excluded; of those within alone, where that is given."""
         bought = self._bought(user_id, history)
-        excluded = [row for item_id in exclude if (row := self._row(item_id)) is not None]
+        excluded = self.barred(exclude, within_I)
         interest_I = None if interests is None else self.interest_scores(interests)
         if not len(bought.item_row):
             return self.popular(k, excluded, interest_I)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.log import Interaction
@@ -88,10 +89,11 @@ class ServedClassical(Catalogue):
         k: int,
         exclude: frozenset[str] = frozenset(),
         interests: Interests | None = None,
+        within_I: npt.NDArray[np.bool_] | None = None,
     ) -> Candidates:
-        """Return up to `k` items, best first, without those excluded."""
+        """Return up to `k` items, best first, without those excluded; of those within alone, where that is given."""
         known = self._rows([entry.item_id for entry in history])
-        excluded = self._rows(exclude)
+        excluded = self.barred(exclude, within_I)
         interest_I = None if interests is None else self.interest_scores(interests)
         if not known:
             return self.popular(k, excluded, interest_I)

@@ -13,12 +13,14 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.log import Interaction
 from training.models.blend import blended
 from training.models.fitted import FittedSystem
 from training.models.interests import Interests, is_buried, weigh
+from training.models.tags import PutTags, Tags
 from training.models.version import TEXT_ROWS, VersionState
 
 WITH_TEXT = 100
@@ -83,6 +85,11 @@ class Resident(Protocol):
         ...
 
     @property
+    def index_of(self) -> dict[str, int]:
+        """Row of each item that it knows."""
+        ...
+
+    @property
     def user_row(self) -> dict[str, int]:
         """Row of each user that the version holds."""
         ...
@@ -102,8 +109,13 @@ class Resident(Protocol):
         k: int,
         exclude: frozenset[str] = frozenset(),
         interests: Interests | None = None,
+        within_I: npt.NDArray[np.bool_] | None = None,
     ) -> Candidates:
-        """Return up to `k` items, best first, without those excluded."""
+        """Return up to `k` items, best first, without those excluded; of those within alone, where that is given."""
+        ...
+
+    def within(self, categories: Sequence[str], domain: str | None, put: PutTags) -> npt.NDArray[np.bool_]:
+        """Return which of its items are of any of the categories, where some are given, and of the domain."""
         ...
 
     def can_rank(self, item_id: str) -> bool:
@@ -201,7 +213,9 @@ class Catalogue:
         index = self.index_of.get(item_id)
         return self.state.item_texts[index] if index is not None else None
 
-    def popular(self, k: int, excluded: Sequence[int], interest_I: torch.Tensor | None = None) -> Candidates:
+    def popular(
+        self, k: int, excluded: Sequence[int] | npt.NDArray[np.int64], interest_I: torch.Tensor | None = None
+    ) -> Candidates:
         """Return what a user without history is shown: what is popular, with what interests say of each item [I]."""
         scores_I = self.popularity_I.copy() if interest_I is None else self.told(interest_I)
         return self.best(scores_I, k, excluded, cold_start=interest_I is None)
@@ -209,6 +223,29 @@ class Catalogue:
     def told(self, interest_I: torch.Tensor) -> np.ndarray:
         """Return the score of each item for a user of whom interests alone are known."""
         return blended(torch.from_numpy(self.popularity_I), interest_I, weigh(0)).numpy()
+
+    @cached_property
+    def tags(self) -> Tags:
+        """What its items were told to be, worked out when it is first asked for."""
+        return Tags.of(self.state.tags)
+
+    def within(self, categories: Sequence[str], domain: str | None, put: PutTags) -> npt.NDArray[np.bool_]:
+        """Return which of its items are of any of the categories, where some are given, and of the domain."""
+        is_within_I = self.tags.mask(categories, domain, len(self.item_ids))
+        for item_ids, is_one in ((put.item_ids, False), (put.within(categories, domain), True)):
+            is_within_I[[self.index_of[item_id] for item_id in item_ids if item_id in self.index_of]] = is_one
+        return is_within_I
+
+    def barred(
+        self, exclude: frozenset[str], within_I: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[np.int64] | list[int]:
+        """Return the rows, each once, of items that can be recommended and may not be."""
+        excluded = [self.index_of[item_id] for item_id in exclude if self.can_rank(item_id)]
+        if within_I is None:
+            return excluded
+        is_barred_I = ~within_I[: self.item_count]
+        is_barred_I[excluded] = True
+        return np.flatnonzero(is_barred_I)
 
     @property
     def has_texts(self) -> bool:
@@ -223,7 +260,9 @@ class Catalogue:
         item_ids = [candidates.item_ids[place] for place in order]
         return replace(candidates, item_ids=item_ids, scores=candidates.scores[order])
 
-    def best(self, scores_I: np.ndarray, k: int, excluded: Sequence[int], *, cold_start: bool) -> Candidates:
+    def best(
+        self, scores_I: np.ndarray, k: int, excluded: Sequence[int] | npt.NDArray[np.int64], *, cold_start: bool
+    ) -> Candidates:
         """Return the `k` items with the highest scores, of equals the first; overwrites the scores."""
         scores_I[excluded] = -np.inf
         chosen = np.arange(len(scores_I))

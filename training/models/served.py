@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -137,10 +138,11 @@ class ServedModel(Catalogue):
         k: int,
         exclude: frozenset[str] = frozenset(),
         interests: Interests | None = None,
+        within_I: npt.NDArray[np.bool_] | None = None,
     ) -> Candidates:
-        """Return up to `k` items, best first, without those excluded."""
+        """Return up to `k` items, best first, without those excluded; of those within alone, where that is given."""
         known = [entry for entry in history if entry.item_id in self.index_of]
-        excluded = [self.index_of[item_id] for item_id in exclude if item_id in self.index_of]
+        excluded = self.barred(exclude, within_I)
         interest_I = None if interests is None else self.interest_scores(interests)
         if not known:
             return self.popular(k, excluded, interest_I)

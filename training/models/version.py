@@ -10,16 +10,17 @@ Knows nothing of how it was learned or how it is served.
     seen.safetensors       the correction by what of the seen was chosen, where there is one
     optimizer.safetensors  what training needs besides to go on: row accumulators, AdamW's moments, seen's posterior
     items.parquet          item_id, text         users.parquet   user_id
+    tags.parquet           categories, domain of the items it was trained on, by row, where they were told
     history.parquet        the interactions it was trained on, EVENT_SCHEMA, for user state and rehearsal
     recipe.toml            the resolved recipe
     encoder.json           fingerprint of the encoder, adapter included, that made `text`
     adapter.*              what fine-tuning changed in that encoder (embeddings/adapter.py), where anything did
 
-A delta has the same files less text, history, recipe, encoder and adapter: another encoder is another version. Its
-row tensors, text too, come in pairs, NAME.index and NAME.value, its items and users are those that are new and follow
-the ones before. A user with a `row` takes over that row instead. Rows may be rounded (`online.delta_rows`) or sent only
-once they have changed enough (`online.delta_threshold`): then optimizer.safetensors, which replicas do not read, has
-the trainer's own as exact.NAME. With NAME.scale, int8 values are steps of change to the row before.
+A delta has the same files less text, tags, history, recipe, encoder and adapter: another encoder is another version.
+Its row tensors, text too, come in pairs, NAME.index and NAME.value, its items and users are those that are new and
+follow the ones before. A user with a `row` takes over that row instead. Rows may be rounded (`online.delta_rows`) or
+sent only once they have changed enough (`online.delta_threshold`): then optimizer.safetensors, which replicas do not
+read, has the trainer's own as exact.NAME. With NAME.scale, int8 values are steps of change to the row before.
 """
 
 import json
@@ -49,12 +50,15 @@ rollback has undone."""
 TUNED_SEQ = "tuned_seq"
 """Among the metrics `adapter` of a version whose encoder was tuned while it served: the newest event it has read."""
 ITEMS_FILE, USERS_FILE, RECIPE_FILE = "items.parquet", "users.parquet", "recipe.toml"
+TAGS_FILE = "tags.parquet"
 TEXT_FILE, DENSE_FILE, SYSTEM_FILE = "text.safetensors", "dense.safetensors", "system.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 ENCODER_FILE = "encoder.json"
 ENCODER = "encoder"
 """Metric of a version: the fingerprint of its encoder."""
-SHARED_FILES = frozenset((ITEMS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE, SYSTEM_FILE, ADAPTER_FILE))
+SHARED_FILES = frozenset(
+    (ITEMS_FILE, TAGS_FILE, USERS_FILE, RECIPE_FILE, TEXT_FILE, DENSE_FILE, SYSTEM_FILE, ADAPTER_FILE)
+)
 """What a version may share with the one before it in memory."""
 TEXTS_AT_ONCE = 4_096
 """Texts made with the interpreter's lock held; requests go on in between."""
@@ -85,6 +89,8 @@ class VersionState:
     """Weights [2D] of `training.models.seen`; none before anything was learned of what was shown."""
     system: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What a classical system has learned, its `arrays`; empty where there is none."""
+    tags: pa.Table | None = None
+    """`training.models.tags.COLUMNS` of the first items, by row; none of versions from before they were kept."""
     encoder: str = ""
     """Fingerprint of the encoder that made the text vectors; empty of versions from before it was stated."""
     adapter: Adapter | None = None
@@ -150,6 +156,8 @@ def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
     if state.system:
         draft.add_tensors("system", state.system)
     draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
+    if state.tags is not None:
+        draft.add_table("tags", state.tags)
     draft.add_table("users", pa.table({"user_id": pa.array(state.user_ids, pa.string())}))
     draft.add_table("history", history)
     draft.add_text("recipe.toml", state.recipe.to_toml())
@@ -209,6 +217,7 @@ def read_version(
         optimizer=_tensors(reader, OPTIMIZER_FILE) if with_optimizer else {},
         seen=_read_seen(reader),
         system=system,
+        tags=_read_tags(reader, _holder(resident, reader, TAGS_FILE)),
         encoder=_read_encoder(reader),
         adapter=_read_adapter(reader, _holder(resident, reader, ADAPTER_FILE)),
         sources={name: entry.sha256 for name, entry in reader.manifest.files.items() if name in SHARED_FILES},
@@ -380,6 +389,12 @@ def _read_seen(reader: VersionReader) -> torch.Tensor | None:
 def _read_items(reader: VersionReader) -> tuple[list[str], list[str]]:
     items = reader.table("items")
     return _texts(items["item_id"]), _texts(items["text"])
+
+
+def _read_tags(reader: VersionReader, held: VersionState | None) -> pa.Table | None:
+    if TAGS_FILE not in reader.manifest.files:
+        return None
+    return held.tags if held else reader.table("tags")
 
 
 def _users_table(change: Change) -> pa.Table:

@@ -219,6 +219,7 @@ class OnlineLearner:
         self.data = state.recipe.section(DataConfig)
         self._encoder_name = state.encoder
         self._system = state.system  # beside the model: it does not learn, and goes along
+        self._tags = state.tags  # as well
         self.encoder = TextEncoder(state.recipe.section(EncoderConfig), self.cache_folder, state.adapter)
         sent = SentRows(self.config.delta_rows, self.config.delta_threshold)
         self.live = LiveModel(
@@ -467,6 +468,7 @@ class OnlineLearner:
             optimizer=optimizer | self.impressions.tensors(),
             seen=self.impressions.weight,
             system=self._system,
+            tags=self._tags,
             encoder=self._encoder_name,
             adapter=self.encoder.adapter,
         )
