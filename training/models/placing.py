@@ -10,7 +10,9 @@ Knows nothing of training or files.
     new    an item put while serving has met nobody, and stands at W text
 
 A row that few interactions have moved is mostly noise, which a long list of rare items turns into wrong first places.
-The larger the ridge the shorter W text, and the less an item is shown before anyone has chosen it.
+The larger the ridge the shorter W text, and the less an item is shown before anyone has chosen it. By NDCG over all
+interactions alone rare items would best not be shown at all; so of the placings that do not lower it the one is chosen
+whose mean of NDCG over interactions with rare items, and over those with others, is best.
 
 Shapes: I items, D dimension, E encoder dimension.
 """
@@ -27,7 +29,9 @@ from training.models.version import COUNT_ROWS, ITEM_ROWS, TEXT_ROWS, VersionSta
 
 PROJECT = "project.weight"
 """The dense weight [D, E] that places an item without a row."""
-PRIORS, RIDGES = (2.0, 5.0, 15.0), (0.3, 1.0, 3.0)
+PRIORS, RIDGES = (2.0, 5.0, 20.0), (0.25, 0.5, 1.0)
+RARE = 5
+"""Items with fewer interactions in training count as much as all others, where a placing is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
