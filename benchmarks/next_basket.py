@@ -105,7 +105,7 @@ def main() -> None:
     events = dataset.events(list(COLUMNS))
     user_ids, item_ids = events["user_id"].unique().to_pylist(), dataset.items()["item_id"].to_pylist()
     users, items = Vocabulary(user_ids, len(user_ids)), Vocabulary(item_ids, len(item_ids))
-    bought, promotions = read_purchases(events, users, items, dataset)
+    bought, promotions = read_purchases(events, users, items, dataset, besides=True)
     cut = [int(len(events) * data.train_fraction * share) for share in (1 - data.validation_fraction, 1.0)]
     times = [int(events["ts_us"][position].as_py()) // 1_000_000 for position in cut]
     validation, test = Task(bought, times[0], times[1]), Task(bought, times[1], np.iinfo(np.int64).max)

@@ -44,11 +44,14 @@ class LiveCatalogue:
 
     def poll(self) -> None:
         """Read what was put since the last call."""
+        put: list[Item] = []
         while fresh := self._log.read_items(self._item_seq, READ_ITEMS):
-            self.tags = self.tags.with_items((item for _, item in fresh), self._items)
-            for _, item in fresh:
-                self._remember(item)
+            put += (item for _, item in fresh)
             self._item_seq = fresh[-1][0]
+        if put:
+            self.tags = self.tags.with_items(put, self._items)
+            for item in put:
+                self._remember(item)
 
     def lay_over(self, model: Resident) -> Resident:
         """Return a model that also knows what was put, by its own encoder; the same one where it lacks nothing.

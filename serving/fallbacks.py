@@ -2,7 +2,8 @@
 
 In:  queries that are late.  Out: a `Recommendation` and the fallback's name.
 Knows nothing of deadlines. Only answers to requests that have one are remembered, the newest of them, and never again
-shown what the late request excludes; what the user has got since may be among them.
+shown what the late request excludes; what the user has got since may be among them. Slates that were narrowed are not
+remembered, and a late request that is narrowed has the user's last slate only where enough of that is left.
 """
 
 import uuid
@@ -31,7 +32,7 @@ class Fallbacks:
 
     def remember(self, query: Query, found: Recommendation) -> None:
         """Keep the top of what a user was shown."""
-        if query.only is None:
+        if query.only is None and not query.categories and query.domain is None:
             slate = Slate(
                 item_ids=found.slate.item_ids[:KEPT_ITEMS],
                 scores=found.slate.scores[:KEPT_ITEMS],
@@ -55,7 +56,7 @@ class Fallbacks:
                 if item_id not in barred
                 and (within_I is None or (model.knows(item_id) and within_I[model.index_of[item_id]]))
             ][: query.k]
-            if kept:
+            if kept and (within_I is None or len(kept) == query.k):
                 slate = Slate(
                     item_ids=[last.slate.item_ids[place] for place in kept],
                     scores=[last.slate.scores[place] for place in kept],

@@ -14,12 +14,13 @@ from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from cluster.canary import Canary
 from cluster.catalogue import Item, parse_item
+from cluster.events import MAX_ID_CHARS
 from cluster.keys import KeyRing
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
@@ -120,7 +121,7 @@ class Gateway:
         return api
 
     async def recommend(self, request: Request) -> Response:
-        """Recommend up to k items that the user does not have yet; a user nobody knows gets a cold start."""
+        """Recommend up to k items that the user lacks, or buys again; a user nobody knows gets a cold start."""
         asked = schemas.RecommendRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         if asked.k > self._config.max_k:
             raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
@@ -224,7 +225,9 @@ class Gateway:
         found_in = {"version": model.name, "learned_seq": model.learned_seq}
         return _json({"item_id": item_id, **found_in, "items": neighbours})
 
-    async def show_user(self, user_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 20) -> Response:
+    async def show_user(
+        self, user_id: Annotated[str, Path(max_length=MAX_ID_CHARS)], k: Annotated[int, Query(ge=1, le=1_000)] = 20
+    ) -> Response:
         """Say what is known of a user, whose id may hold slashes, and what the next answer is made from."""
         return _json(await self._in_pool(self._describe_user, user_id, k))
 
@@ -259,8 +262,9 @@ class Gateway:
         self._refresher.refresh_items()
 
     def _describe_user(self, user_id: str, k: int) -> Json:
-        model = self._refresher.residents.model_of(ARMS[self._config.arms[0]], user_id)
-        state = self._log.user_state(user_id, k)
+        arm = ARMS[self._config.arms[0]]
+        model = self._refresher.residents.model_of(arm, user_id)
+        state = self._log.user_state(user_id, k, None if arm.sees_live_state else recommender.FIRST_LIVE_SEQ)
         about: Json = {
             "user_id": user_id,
             "version": model.name,

@@ -44,7 +44,8 @@ class Query:
     domain: str | None = None
     """Only items of it."""
     only: tuple[str, ...] | None = None
-    """The caller's candidates, each once; none means the catalogue less what the user has."""
+    """The caller's candidates, each once; none means the catalogue, less what the user has unless the version
+    repeats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class Recommender:
         self._candidates = candidates
 
     def recommend(self, query: Query) -> Recommendation:
-        """Return up to k items that the user does not have; an unknown user gets what suits a stranger."""
+        """Return up to k items that the user lacks, unless the version repeats; a stranger gets what suits one."""
         arm = ARMS[query.arm]
         residents = self._residents()  # one reference for the whole request: a swap meanwhile changes nothing here
         model = residents.model_of(arm, query.user_id)

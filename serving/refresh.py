@@ -179,15 +179,14 @@ class Refresher:
             self._problems.pop(subject, None)
 
     def _follow_items(self) -> None:
-        before = self.residents
         self._catalogue.poll()
+        before = replace(self.residents, unavailable=self._catalogue.unavailable(_now_us()), tags=self._catalogue.tags)
+        self._residents = before  # also where the encoder does not answer
         self._residents = replace(
             before,
             live=self._catalogue.lay_over(before.live),
             pinned=before.pinned and self._catalogue.lay_over(before.pinned),
             canary=before.canary and self._catalogue.lay_over(before.canary),
-            unavailable=self._catalogue.unavailable(_now_us()),
-            tags=self._catalogue.tags,
         )
 
     def _follow_pointer(self) -> None:

@@ -24,7 +24,7 @@ from training.baselines.config import BASKETS, RATINGS, SystemConfig
 from training.checkpoint import read_checkpoint
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.models.placing import Placing, place_items
-from training.models.tags import COLUMNS
+from training.models.tags import COLUMNS, Tags
 from training.models.version import (
     COUNT_ROWS,
     ENCODER,
@@ -77,7 +77,7 @@ def publish_run(trained: TrainedRun, registry: Registry, *, promote: bool = True
         learned_seq=0,
         item_ids=items.ids,
         item_texts=dataset.items()["text"].to_pylist(),
-        tags=dataset.items().select(list(COLUMNS)),
+        tags=Tags(dataset.items().select(list(COLUMNS))),
         user_ids=users.ids,
         rows={
             TEXT_ROWS: torch.from_numpy(np.load(folder / TEXT_FILE)),

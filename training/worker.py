@@ -34,7 +34,7 @@ from training.evaluation.classical import WEIGHTS
 from training.evaluation.metrics import hit_at_k, ndcg_at_k
 from training.evaluation.next_item import Beside, Catalogue, rank_next_items
 from training.inputs import TrainingInputs, load_inputs
-from training.models.placing import LEFT, PLACINGS, RARE, Placing, draw_to_text
+from training.models.placing import LEFT, PLACINGS, RARE, Placing, draw_to_text, regress_on_text
 from training.models.recommender import build_recommender, dense_part
 from training.models.two_stage import Losses, ModelConfig, TwoStage
 from training.run import TEXT_FILE, TEXT_PRIOR, TEXT_RIDGE, VALIDATED_SYSTEM_FILE, TrainConfig, learning_rate
@@ -179,10 +179,11 @@ def choose_placing(
         return catalogue, {}
     count_I = torch.from_numpy(np.bincount(inputs.train.item_row, minlength=len(text_IE)))
     text_IE = text_IE.to(catalogue.item_ID)
+    told = regress_on_text(catalogue.item_ID, text_IE, count_I)
     is_rare_N = count_I.numpy()[inputs.full.item_row[mine]] < RARE
     best, best_placing, best_figures, best_balance, least = catalogue, LEFT, dict[str, float](), -1.0, -1.0
     for placing in PLACINGS if config.text_prior is None else (Placing(config.text_prior, config.text_ridge),):
-        item_ID, _ = draw_to_text(catalogue.item_ID, text_IE, count_I, placing)
+        item_ID, _ = draw_to_text(catalogue.item_ID, text_IE, count_I, placing, told)
         placed = replace(catalogue, item_ID=item_ID)
         figures, balance = _balanced_figures(dense, placed, inputs, mine, is_rare_N)
         if placing == LEFT:

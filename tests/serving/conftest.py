@@ -26,6 +26,7 @@ from serving.app import running_app
 from serving.past import seed_history
 from serving.replica import resolve_settings
 from serving.standby import Standby
+from training.models.tags import Tags
 from training.models.two_stage import ModelConfig, TwoStage
 from training.models.version import (
     COUNT_ROWS,
@@ -76,10 +77,11 @@ def tiny_recipe() -> Recipe:
     return Recipe.from_toml(RECIPE, name="tiny", sections=SECTIONS)
 
 
-def tags() -> pa.Table:
+def tags() -> Tags:
     """Return categories, even or odd and a tenth of them, and domains, early and late ones."""
     categories = [[("even", "odd")[row % 2], *(["tenth"] if row % 10 == 0 else [])] for row in range(ITEMS)]
-    return pa.table({"categories": categories, "domain": [("early", "late")[2 * row // ITEMS] for row in range(ITEMS)]})
+    domains = [("early", "late")[2 * row // ITEMS] for row in range(ITEMS)]
+    return Tags(pa.table({"categories": categories, "domain": domains}))
 
 
 class TinyVersions:

@@ -1,6 +1,16 @@
 """Slates narrowed to categories and a domain, and what is told of a user."""
 
+import pytest
+
+from cluster.catalogue import Item
+from cluster.manifest import VersionRef
+from serving.fallbacks import Fallbacks
+from serving.recommender import Query, Recommendation
+from serving.refresh import Residents
 from tests.serving.conftest import ITEMS
+from training.models.served import ServedModel
+from training.models.tags import PutTags
+from training.policies import Slate
 
 
 def ids(answer: dict) -> list[str]:
@@ -33,14 +43,44 @@ def test_an_item_put_is_found_by_its_newest_categories_whatever_the_version_was_
     assert "i4" in ids(alone.recommend("u1", k=500, categories=["even"]))
 
 
-def test_what_is_boosted_or_late_is_narrowed_too(alone):
+def test_what_is_boosted_is_narrowed_too(alone):
     odd = ids(alone.recommend("u2", k=500, categories=["odd"]))
     boosted = ids(alone.recommend("u2", k=3, categories=["odd"], boost=[odd[-1], "i8", "nowhere"]))
     assert boosted == [odd[-1], *odd[:2]]
-    alone.recommend("u2", k=20, deadline_ms=60_000)
-    late = alone.recommend("u2", k=20, deadline_ms=1, categories=["odd"])
-    assert set(ids(late)) <= set(odd)
-    assert len(ids(late)) > 0
+
+
+@pytest.fixture
+def residents(versions) -> Residents:
+    model = ServedModel.load(versions.registry, VersionRef(1))
+    return Residents(live=model, pinned=None, tags=PutTags().with_items([Item(item_id="i9", text="t")], {}))
+
+
+def remembered(item_ids: list[str], **narrowed: object) -> Fallbacks:
+    fallbacks = Fallbacks()
+    slate = Slate(item_ids=item_ids, scores=[1.0] * len(item_ids), propensities=[1.0] * len(item_ids))
+    found = Recommendation(
+        request_id="r",
+        version="1.0",
+        learned_seq=0,
+        state_seq=0,
+        state_fallback=False,
+        reflects_min_seq=None,
+        cold_start=False,
+        slate=slate,
+        texts=[None] * len(item_ids),
+    )
+    fallbacks.remember(Query(user_id="u1", k=len(item_ids), arm="live", **narrowed), found)
+    return fallbacks
+
+
+def test_what_is_late_is_narrowed_too(residents):
+    odd = Query(user_id="u1", k=2, arm="live", categories=("odd",))
+    found, name = remembered(["i4", "i7", "i9", "i5"]).find(odd, residents)
+    assert (found.slate.item_ids, name) == (["i7", "i5"], "cached")  # i9 was put anew, without a category
+    found, name = remembered(["i4", "i7", "i6"]).find(odd, residents)
+    assert (found.slate.item_ids, name) == (["i1", "i3"], "popular")  # too few of the last slate are left
+    narrowed = remembered(["i7", "i5", "i3"], categories=("odd",))
+    assert narrowed.find(Query(user_id="u1", k=2, arm="live"), residents)[1] == "popular"  # was not all the user's
 
 
 def test_a_user_is_shown_as_the_system_sees_them(alone):
@@ -59,3 +99,4 @@ def test_a_user_is_shown_as_the_system_sees_them(alone):
     nobody = alone.request("GET", "/v1/users/nobody").body
     assert (nobody["items"], nobody["history"], nobody["state_seq"]) == (0, [], 0)
     assert alone.request("GET", "/v1/users/u0?k=0").status == 422
+    assert alone.request("GET", f"/v1/users/{'u' * 10_000}").status == 422

@@ -11,7 +11,6 @@ Shapes: U users, B of them who come again.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -27,7 +26,7 @@ from training.baselines.config import SystemConfig
 from training.baselines.interface import IntArray, Scores
 from training.baskets.inputs import COLUMNS, read_kinds, read_purchases
 from training.baskets.purchases import Visits
-from training.baskets.ranker import BasketConfig, BasketRanker
+from training.baskets.ranker import USER_PLACE, BasketConfig, BasketRanker, load_lightgbm
 from training.evaluation.lists import find_hits, ndcg
 from training.evaluation.metrics import FloatArray
 from training.evaluation.topk import top_of_scores
@@ -37,19 +36,20 @@ from training.stream import DataConfig
 
 K = 10
 BATCH = 128
-USER_PLACE = "user_place"
-"""Name of the array that says where each user mostly buys, [U]; −1 where that is not known."""
 
 
 def fit_baskets(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
     """Fit the ranker. Raises `DataError` for too little data, `ConfigError` where LightGBM is not installed."""
+    load_lightgbm()  # before anything is read
     folder, data, tables = new_run(home, recipe), recipe.section(DataConfig), recipe.section(TablesConfig)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
     write_text_vectors(encoder, dataset, folder)
     events = training_events(dataset, data, list(COLUMNS))
     users, items = build_user_vocabulary(events, tables), build_item_vocabulary(dataset, tables)
-    bought, promotions = read_purchases(events, users, items, dataset)
-    bought, kind_I = replace(bought, besides={}), read_kinds(dataset.items())
+    bought, promotions = read_purchases(events, users, items, dataset, besides=False)
+    if not len(bought.ts_s):
+        raise DataError(f"{dataset.path}: nobody did anything with an item in the training share")
+    kind_I = read_kinds(dataset.items())
     config, newest = recipe.section(BasketConfig), recipe.section(SystemConfig).max_history
 
     started_s = time.monotonic()

@@ -16,22 +16,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.dataset import Dataset
+from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS
 from embeddings.vocabulary import Vocabulary
 from training.baselines.interface import IntArray
 from training.baskets.promotions import Promotions
-from training.baskets.purchases import Purchases
+from training.baskets.purchases import PURCHASE, Purchases
 
-PURCHASE = "purchase"
-"""The kind of event whose value is what was paid."""
 COLUMNS = ("user_id", "item_id", "kind", "value", "ts_us", "context")
 """Of the events."""
 
 
 def read_purchases(
-    events: pa.Table, users: Vocabulary, items: Vocabulary, dataset: Dataset
+    events: pa.Table, users: Vocabulary, items: Vocabulary, dataset: Dataset, *, besides: bool
 ) -> tuple[Purchases, dict[str, Promotions]]:
-    """Return what was bought, with all that is told of it, and the promotions of each kind."""
+    """Return what was bought, and the promotions of each kind; with `besides`, what contexts and promotions tell of it.
+
+    Raises `DataError` where what was saved is no number.
+    """
     kept = events.filter(pc.is_in(events["kind"], pa.array(sorted(INTERACTION_KINDS))))
     told = {name: pc.map_lookup(kept["context"], name, "first") for name in ("place", "saved")}
     place_ids = told["place"].drop_null().unique().to_pylist()
@@ -46,11 +48,16 @@ def read_purchases(
         paid=np.where(pc.equal(kept["kind"], PURCHASE), kept["value"].to_numpy(zero_copy_only=False), np.nan),
         place=places.rows(told["place"].fill_null("")),
     )
+    if not besides:
+        return bought, promotions
     assert bought.place is not None
-    besides = {name: on.at(bought.place, bought.item_row, bought.ts_s) * 1.0 for name, on in promotions.items()}
+    told_besides = {name: on.at(bought.place, bought.item_row, bought.ts_s) * 1.0 for name, on in promotions.items()}
     if told["saved"].null_count == 0:
-        besides["saved"] = told["saved"].cast(pa.float64()).to_numpy()
-    return replace(bought, besides=besides), promotions
+        try:
+            told_besides["saved"] = told["saved"].cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{dataset.path}: what was saved on a purchase is no number ({error})") from error
+    return replace(bought, besides=told_besides), promotions
 
 
 def _promotions(told: pa.Table, items: Vocabulary, places: Vocabulary) -> Promotions:

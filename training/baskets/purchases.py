@@ -16,6 +16,8 @@ from scipy import sparse
 from training.baselines.interface import IntArray
 
 FloatArray = npt.NDArray[np.float64]
+PURCHASE = "purchase"
+"""The kind of event whose value is what was paid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,20 @@ class Visits:
     user_row: IntArray
     """Of each purchase of these visits."""
     item_row: IntArray
+
+    def some(self, most: int, seed: int) -> "Visits":
+        """Return the visits of so many users at most, drawn at random."""
+        if len(self.users) <= most:
+            return self
+        users = np.sort(np.random.default_rng(seed).choice(self.users, most, replace=False))
+        is_kept = np.isin(self.user_row, users)
+        return replace(
+            self,
+            users=users,
+            at_s=self.at_s_of(users),
+            user_row=self.user_row[is_kept],
+            item_row=self.item_row[is_kept],
+        )
 
     def at_s_of(self, user_row_B: IntArray) -> IntArray:
         """Return when some of these users visit, [B]: known as they ask."""

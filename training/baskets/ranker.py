@@ -27,6 +27,8 @@ from training.baskets.purchases import FloatArray, Purchases, Visits
 
 TREES, CATEGORY, UNTIL_S, PROMOTED = "trees", "category", "fitted_until_s", "promotions."
 """Names of arrays, the last with a kind and a field after it; those of `ItemFacts` have their own."""
+USER_PLACE = "user_place"
+"""What a version adds: where each user mostly buys, [U]; −1 where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,8 @@ class BasketConfig:
 
     cuts: int = 12
     """Times after which each user's first visit is learned."""
+    most_visits: int = 50_000
+    """Visits after one time that are learned, drawn at random where there are more."""
     days_between_cuts: int = 7
     rounds: int = 300
     """Trees."""
@@ -46,12 +50,12 @@ class BasketConfig:
     """Of LightGBM; more than there are idle cores make it slower than one."""
     seed: int = 0
     clock: Literal["wall", "events"] = "wall"
-    """What time it is when somebody asks for the next basket: now; or that of the newest event known of anybody, for
-    data of the past."""
+    """What time it is when somebody asks for the next basket: now; or, for data of the past, that of the newest event
+    it was fitted on or, if later, of the user's own."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("cuts", "days_between_cuts", "rounds", "least_in_leaf", "threads"):
+        for name in ("cuts", "most_visits", "days_between_cuts", "rounds", "least_in_leaf", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"baskets.{name}={getattr(self, name)}: must be at least 1")
         if self.leaves < 2:
@@ -85,11 +89,11 @@ class BasketRanker:
 
         Raises `DataError` where nobody came twice, `ConfigError` where LightGBM is not installed.
         """
-        lgb, config = _lightgbm(), self.config
+        lgb, config = load_lightgbm(), self.config
         end_s = int(bought.ts_s.max(initial=0)) + 1
         features, labels, counts = [], [], []
         for cut_s in (end_s - (1 + n) * config.days_between_cuts * DAY_S for n in range(config.cuts)):
-            visits = Visits.after(bought, cut_s, end_s)
+            visits = Visits.after(bought, cut_s, end_s).some(config.most_visits, config.seed)
             if not len(visits.users):
                 continue
             facts = ItemFacts.of(visits.known, self._category_I)
@@ -159,7 +163,7 @@ class BasketRanker:
                 named.setdefault(kind, {})[field] = array
         promotions = {kind: Promotions.restore(of_kind) for kind, of_kind in named.items()}
         ranker = cls(arrays[CATEGORY], config, promotions, newest=newest)
-        ranker.trees = _lightgbm().Booster(model_str=arrays[TREES].tobytes().decode())
+        ranker.trees = load_lightgbm().Booster(model_str=arrays[TREES].tobytes().decode())
         ranker.fitted_until_s = int(arrays[UNTIL_S][0])
         ranker.facts = ItemFacts.restore(arrays, arrays[CATEGORY])
         return ranker
@@ -175,7 +179,7 @@ class BasketRanker:
         return find_candidates(own, at_s, facts, self._promotions)
 
 
-def _lightgbm() -> ModuleType:
+def load_lightgbm() -> ModuleType:
     """Return LightGBM. Raises `ConfigError` where it is not installed."""
     if importlib.util.find_spec("lightgbm") is None:
         raise ConfigError("the ranker of baskets needs LightGBM; install recloop[baskets]")

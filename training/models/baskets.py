@@ -22,10 +22,8 @@ import torch
 from cluster.events import INTERACTION_KINDS
 from cluster.log import Interaction
 from training.baselines.config import SystemConfig
-from training.baskets.fit import USER_PLACE
-from training.baskets.inputs import PURCHASE
-from training.baskets.purchases import Purchases
-from training.baskets.ranker import BasketConfig, BasketRanker
+from training.baskets.purchases import PURCHASE, Purchases
+from training.baskets.ranker import USER_PLACE, BasketConfig, BasketRanker
 from training.models.blend import blended
 from training.models.interests import Interests, match_items, weigh
 from training.models.resident import Candidates, Catalogue, Put, Resident, index_items, index_users, lay_over
@@ -52,8 +50,9 @@ class ServedBaskets(Catalogue):
             for item_id, (_, vector) in put.items():
                 text_IE[index_of[item_id]] = torch.tensor(vector)
         newest = state.recipe.section(SystemConfig).max_history
-        if isinstance(resident, ServedBaskets) and resident.state.system is state.system:
-            ranker = resident.ranker
+        held = resident if isinstance(resident, ServedBaskets) and resident.state.recipe == state.recipe else None
+        if held is not None and held.state.system is state.system:
+            ranker = held.ranker
         else:
             arrays = {name: tensor.numpy() for name, tensor in state.system.items()}
             ranker = BasketRanker.restore(arrays, state.recipe.section(BasketConfig), newest=newest)

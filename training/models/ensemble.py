@@ -1,6 +1,6 @@
 """Several two-stage models in one, from different starts, whose scores are averaged.
 
-In:  what a two-stage model takes.  Out: the same; each member has its own loss, and learns as if alone.
+In:  what a two-stage model takes.  Out: the same; each member has its own loss.
 Knows nothing of tables: a member has its share of every row, so that tables, deltas and serving see one model with
 wide rows. Members see the same batches; they differ in where they start, in dropout and in the pairs that their rankers
 are trained on (deep ensembles: Lakshminarayanan et al., NeurIPS 2017).

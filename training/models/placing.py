@@ -52,16 +52,47 @@ BLOCK = 65_536
 """Items in double precision at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """From one set of vectors to another, each pair weighted; summed up once, solved for any ridge."""
+
+    gram_EE: np.ndarray
+    both_ED: np.ndarray
+
+    @classmethod
+    def of(cls, from_NE: np.ndarray, to_ND: np.ndarray, weight_N: np.ndarray | None) -> "Regression":
+        """Sum up, in double precision, some at a time."""
+        gram_EE = np.zeros((from_NE.shape[1], from_NE.shape[1]))
+        both_ED = np.zeros((from_NE.shape[1], to_ND.shape[1]))
+        for start in range(0, len(from_NE), BLOCK):
+            x = from_NE[start : start + BLOCK].astype(np.float64)
+            weighed = x if weight_N is None else x * weight_N[start : start + BLOCK, None]
+            gram_EE += weighed.T @ x
+            both_ED += weighed.T @ to_ND[start : start + BLOCK]
+        return cls(gram_EE, both_ED)
+
+    def solve(self, share: float) -> np.ndarray:
+        """Return W [E, D], float32, that minimises Σ weight · |from · W − to|² + λ|W|².
+
+        λ is a share of the mean square of what is regressed on.
+        """
+        penalty = share * np.trace(self.gram_EE) / len(self.gram_EE) + 1e-12
+        return np.linalg.solve(self.gram_EE + penalty * np.eye(len(self.gram_EE)), self.both_ED).astype(np.float32)
+
+
+def regress_on_text(vector_ID: torch.Tensor, text_IE: torch.Tensor, count_I: torch.Tensor) -> Regression:
+    """Return the regression from texts to item vectors, each item counting as often as it was met."""
+    return Regression.of(text_IE.cpu().numpy(), vector_ID.cpu().numpy(), count_I.cpu().numpy())
+
+
 def draw_to_text(
-    vector_ID: torch.Tensor, text_IE: torch.Tensor, count_I: torch.Tensor, placing: Placing
+    vector_ID: torch.Tensor, text_IE: torch.Tensor, count_I: torch.Tensor, placing: Placing, told: Regression
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the vectors, those of items without text as they are, and W [E, D]."""
     if not placing.prior:
         return vector_ID, torch.zeros(text_IE.shape[1], vector_ID.shape[1])
     count_I1 = count_I.to(vector_ID).unsqueeze(1)
-    text_ED = torch.from_numpy(
-        ridge(text_IE.cpu().numpy(), vector_ID.cpu().numpy(), count_I.cpu().numpy(), placing.ridge)
-    ).to(vector_ID)
+    text_ED = torch.from_numpy(told.solve(placing.ridge)).to(vector_ID)
     drawn_ID = (count_I1 * vector_ID + placing.prior * (text_IE @ text_ED)) / (count_I1 + placing.prior)
     return torch.where(text_IE.any(dim=1, keepdim=True), drawn_ID, vector_ID), text_ED
 
@@ -72,29 +103,14 @@ def place_items(state: VersionState, placing: Placing) -> VersionState:
         return state
     row_ID, text_IE, project_DE = state.rows[ITEM_ROWS], state.rows[TEXT_ROWS], state.dense[PROJECT]
     vector_ID = row_ID + TEXT_SCALE * text_IE @ project_DE.T
-    drawn_ID, text_ED = draw_to_text(vector_ID, text_IE, state.rows[COUNT_ROWS], placing)
+    count_I = state.rows[COUNT_ROWS]
+    drawn_ID, text_ED = draw_to_text(vector_ID, text_IE, count_I, placing, regress_on_text(vector_ID, text_IE, count_I))
     return replace(
         state,
         rows={**state.rows, ITEM_ROWS: drawn_ID - text_IE @ text_ED},
         dense={**state.dense, PROJECT: (text_ED.T / TEXT_SCALE).contiguous()},
         optimizer=restart_moments(state.optimizer),
     )
-
-
-def ridge(from_NE: np.ndarray, to_ND: np.ndarray, weight_N: np.ndarray | None, share: float) -> np.ndarray:
-    """Return W [E, D], float32, that minimises Σ weight · |from · W − to|² + λ|W|².
-
-    λ is a share of the mean square of what is regressed on.
-    """
-    gram_EE = np.zeros((from_NE.shape[1], from_NE.shape[1]))
-    both_ED = np.zeros((from_NE.shape[1], to_ND.shape[1]))
-    for start in range(0, len(from_NE), BLOCK):
-        x = from_NE[start : start + BLOCK].astype(np.float64)
-        weighed = x if weight_N is None else x * weight_N[start : start + BLOCK, None]
-        gram_EE += weighed.T @ x
-        both_ED += weighed.T @ to_ND[start : start + BLOCK]
-    penalty = share * np.trace(gram_EE) / len(gram_EE) + 1e-12
-    return np.linalg.solve(gram_EE + penalty * np.eye(len(gram_EE)), both_ED).astype(np.float32)
 
 
 def restart_moments(optimizer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from cluster.log import Interaction
 from training.models.blend import blended
 from training.models.fitted import FittedSystem
 from training.models.interests import Interests, is_buried, weigh
-from training.models.tags import PutTags, Tags
+from training.models.tags import PutTags
 from training.models.version import TEXT_ROWS, VersionState
 
 WITH_TEXT = 100
@@ -224,14 +224,12 @@ class Catalogue:
         """Return the score of each item for a user of whom interests alone are known."""
         return blended(torch.from_numpy(self.popularity_I), interest_I, weigh(0)).numpy()
 
-    @cached_property
-    def tags(self) -> Tags:
-        """What its items were told to be, worked out when it is first asked for."""
-        return Tags.of(self.state.tags)
-
     def within(self, categories: Sequence[str], domain: str | None, put: PutTags) -> npt.NDArray[np.bool_]:
         """Return which of its items are of any of the categories, where some are given, and of the domain."""
-        is_within_I = self.tags.mask(categories, domain, len(self.item_ids))
+        told = self.state.tags
+        is_within_I = np.zeros(len(self.item_ids), np.bool_)
+        if told is not None:
+            is_within_I = told.mask(categories, domain, len(self.item_ids))
         for item_ids, is_one in ((put.item_ids, False), (put.within(categories, domain), True)):
             is_within_I[[self.index_of[item_id] for item_id in item_ids if item_id in self.index_of]] = is_one
         return is_within_I

@@ -38,6 +38,7 @@ from cluster.registry import Registry, VersionReader
 from embeddings.adapter import ADAPTER, ADAPTER_FILE, SETTINGS_FILE, Adapter
 from embeddings.quantized import QuantizedRows
 from embeddings.text_encoder import EncoderConfig
+from training.models.tags import Tags
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
 EXACT = "exact."
@@ -89,8 +90,8 @@ class VersionState:
     """Weights [2D] of `training.models.seen`; none before anything was learned of what was shown."""
     system: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What a classical system has learned, its `arrays`; empty where there is none."""
-    tags: pa.Table | None = None
-    """`training.models.tags.COLUMNS` of the first items, by row; none of versions from before they were kept."""
+    tags: Tags | None = None
+    """What the first items were told to be, by row; none of versions from before that was kept."""
     encoder: str = ""
     """Fingerprint of the encoder that made the text vectors; empty of versions from before it was stated."""
     adapter: Adapter | None = None
@@ -157,7 +158,7 @@ def write_version(draft: Draft, state: VersionState, history: pa.Table) -> None:
         draft.add_tensors("system", state.system)
     draft.add_table("items", _items_table(list(zip(state.item_ids, state.item_texts, strict=True))))
     if state.tags is not None:
-        draft.add_table("tags", state.tags)
+        draft.add_table("tags", state.tags.table)
     draft.add_table("users", pa.table({"user_id": pa.array(state.user_ids, pa.string())}))
     draft.add_table("history", history)
     draft.add_text("recipe.toml", state.recipe.to_toml())
@@ -391,10 +392,10 @@ def _read_items(reader: VersionReader) -> tuple[list[str], list[str]]:
     return _texts(items["item_id"]), _texts(items["text"])
 
 
-def _read_tags(reader: VersionReader, held: VersionState | None) -> pa.Table | None:
+def _read_tags(reader: VersionReader, held: VersionState | None) -> Tags | None:
     if TAGS_FILE not in reader.manifest.files:
         return None
-    return held.tags if held else reader.table("tags")
+    return held.tags if held else Tags(reader.table("tags"))
 
 
 def _users_table(change: Change) -> pa.Table:

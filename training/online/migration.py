@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from embeddings.text_encoder import TextEncoder
-from training.models.placing import PROJECT, restart_moments, ridge
+from training.models.placing import PROJECT, Regression, restart_moments
 from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState
 
 RIDGE = 1e-3
@@ -54,9 +54,9 @@ def bridge(old_NE: np.ndarray, new_NE: np.ndarray, is_encoded_N: np.ndarray) -> 
     fitted = np.setdiff1d(encoded, told)
     recall = None
     if len(fitted) and len(told):
-        guessed_NE = _unit(old_NE[told] @ ridge(old_NE[fitted], new_NE[fitted], None, RIDGE))
+        guessed_NE = _unit(old_NE[told] @ Regression.of(old_NE[fitted], new_NE[fitted], None).solve(RIDGE))
         recall = neighbour_recall(guessed_NE, new_NE[told], new_NE[encoded])
-    bridged_NE = _unit(old_NE @ ridge(old_NE[encoded], new_NE[encoded], None, RIDGE))
+    bridged_NE = _unit(old_NE @ Regression.of(old_NE[encoded], new_NE[encoded], None).solve(RIDGE))
     is_told_N1 = np.any(old_NE, axis=1, keepdims=True)
     vector_NE = np.where(is_encoded_N[:, None], new_NE, bridged_NE * is_told_N1).astype(np.float32)
     return Bridged(vector_NE=vector_NE, is_encoded_N=is_encoded_N, recall=recall)
@@ -90,7 +90,7 @@ def refit_projection(
     """Return the weights with a projection of the new vectors, and how far items move: a share of the old length."""
     before_ND = (old_NE @ dense[PROJECT].T).numpy()
     weight_N = 1 + np.log1p(count_N.numpy().astype(np.float64))
-    project_DE = torch.from_numpy(ridge(new_NE.numpy(), before_ND, weight_N, RIDGE).T).contiguous()
+    project_DE = torch.from_numpy(Regression.of(new_NE.numpy(), before_ND, weight_N).solve(RIDGE).T).contiguous()
     after_ND = (new_NE @ project_DE.T).numpy()
     moved = np.linalg.norm(after_ND - before_ND) / max(np.linalg.norm(before_ND), 1e-12)
     return {**dense, PROJECT: project_DE}, float(moved)

@@ -80,3 +80,13 @@ def test_the_newest_purchases_of_each_user_are_kept_in_order() -> None:
     assert bought.newest(2).item_row.tolist() == [6, 7, 8, 9]
     assert bought.newest(1).item_row.tolist() == [8, 9]
     assert bought.newest(9).item_row.tolist() == bought.item_row.tolist()
+
+
+def test_of_too_many_visits_some_are_learned() -> None:
+    visits = Visits.after(rhythm(), 50 * DAY_S, DAYS * DAY_S)
+    some = visits.some(7, seed=1)
+    assert len(some.users) == 7
+    assert set(some.user_row.tolist()) == set(some.users.tolist())
+    assert some.at_s.tolist() == visits.at_s_of(some.users).tolist()
+    assert sorted(some.item_row.tolist()) == sorted(visits.item_row[np.isin(visits.user_row, some.users)].tolist())
+    assert visits.some(60, seed=1) is visits

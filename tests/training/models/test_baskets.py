@@ -143,7 +143,7 @@ def test_one_more_purchase_makes_it_the_others_turn(model):
 def test_served_from_a_history_the_scores_are_those_of_the_purchases_it_was_fitted_on(model, dataset):
     events = training_events(dataset, recipe().section(DataConfig), list(COLUMNS))
     users, items = (Vocabulary(ids, len(ids)) for ids in (model.state.user_ids, model.state.item_ids))
-    purchases, promotions = read_purchases(events, users, items, dataset)
+    purchases, promotions = read_purchases(events, users, items, dataset, besides=True)
     assert set(purchases.besides) == {"saved", "display"}  # are told in contexts, which histories leave out
     fitted = BasketRanker(read_kinds(dataset.items()), recipe().section(BasketConfig), promotions, newest=NEWEST).fit(
         replace(purchases, besides={})
@@ -213,6 +213,18 @@ def test_a_version_of_it_is_refused_where_what_users_have_is_left_out(registry, 
 def test_nothing_to_validate_on_is_named(tmp_path):
     with pytest.raises(DataError, match="nobody comes again in the validation share"):
         fit_baskets(recipe(), shop(tmp_path, 1), Home(tmp_path).ensure())
+
+
+def test_nothing_done_in_the_training_share_is_named(tmp_path):
+    with pytest.raises(DataError, match="nobody did anything"):
+        fit_baskets(recipe("data.train_fraction=0.0001"), shop(tmp_path, 2), Home(tmp_path).ensure())
+
+
+def test_another_recipe_has_a_ranker_of_its_own(model):
+    values = {**model.state.recipe.values, "baskets": {"clock": "events"}}
+    state = replace(model.state, recipe=replace(model.state.recipe, values=values))
+    assert model.with_state(state).ranker.config.clock == "events"
+    assert model.with_state(replace(model.state)).ranker is model.ranker
 
 
 def test_examples_are_refused(tmp_path: Path):

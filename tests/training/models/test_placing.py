@@ -6,7 +6,16 @@ import torch
 
 from cluster.config import load_recipe
 from cluster.manifest import VersionRef
-from training.models.placing import LEFT, PLACINGS, PROJECT, Placing, draw_to_text, place_items, ridge
+from training.models.placing import (
+    LEFT,
+    PLACINGS,
+    PROJECT,
+    Placing,
+    Regression,
+    draw_to_text,
+    place_items,
+    regress_on_text,
+)
 from training.models.two_stage import TEXT_SCALE, ModelConfig, TwoStage
 from training.models.version import COUNT_ROWS, ITEM_ROWS, TEXT_ROWS, VersionState
 
@@ -14,10 +23,11 @@ TEXT_IE = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
 """Items 0 and 1 are told alike, item 3 has no text."""
 COUNT_I = torch.tensor([9, 1, 0, 1])
 VECTOR_ID = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0], [3.0, 3.0]])
+TOLD = regress_on_text(VECTOR_ID, TEXT_IE, COUNT_I)
 
 
 def test_an_item_is_drawn_by_its_text_as_far_as_it_has_few_interactions() -> None:
-    drawn, text_ED = draw_to_text(VECTOR_ID, TEXT_IE, COUNT_I, Placing(prior=3.0, ridge=1e-9))
+    drawn, text_ED = draw_to_text(VECTOR_ID, TEXT_IE, COUNT_I, Placing(prior=3.0, ridge=1e-9), TOLD)
     # W of the first word: (9 · [2, 0] + 1 · [0, 1]) / 10; of the second nothing is known, as nobody met item 2.
     torch.testing.assert_close(text_ED, torch.tensor([[1.8, 0.1], [0.0, 0.0]]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(drawn[0], torch.tensor([(9 * 2 + 3 * 1.8) / 12, 3 * 0.1 / 12]), rtol=1e-4, atol=1e-4)
@@ -28,7 +38,7 @@ def test_an_item_is_drawn_by_its_text_as_far_as_it_has_few_interactions() -> Non
 
 def test_the_ridge_is_a_share_of_the_mean_square() -> None:
     # Mean square of one column: (1 + 4) · weight 2 = 10; half of it: W = 2 · (1 · 3 + 2 · 6) / (10 + 5) = 2.
-    found = ridge(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]), np.array([2.0, 2.0]), 0.5)
+    found = Regression.of(np.array([[1.0], [2.0]]), np.array([[3.0], [6.0]]), np.array([2.0, 2.0])).solve(0.5)
     assert found.tolist() == [[pytest.approx(2.0)]]
 
 
@@ -36,9 +46,9 @@ def test_the_ridge_is_a_share_of_the_mean_square() -> None:
 def test_blocks_of_items_add_up(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, y, weight = rng.normal(size=(7, 3)), rng.normal(size=(7, 2)), rng.random(7)
-    whole = ridge(x, y, weight, 0.1)
+    whole = Regression.of(x, y, weight).solve(0.1)
     monkeypatch.setattr("training.models.placing.BLOCK", size)
-    np.testing.assert_allclose(ridge(x, y, weight, 0.1), whole, rtol=1e-5)
+    np.testing.assert_allclose(Regression.of(x, y, weight).solve(0.1), whole, rtol=1e-5)
 
 
 @pytest.fixture
@@ -65,7 +75,9 @@ def vectors(state: VersionState) -> torch.Tensor:
 def test_a_version_has_its_items_where_they_were_drawn_and_new_ones_where_their_texts_say(state) -> None:
     placing = Placing(prior=5.0, ridge=0.3)
     placed = place_items(state, placing)
-    drawn, text_ED = draw_to_text(vectors(state), TEXT_IE, COUNT_I, placing)
+    drawn, text_ED = draw_to_text(
+        vectors(state), TEXT_IE, COUNT_I, placing, regress_on_text(vectors(state), TEXT_IE, COUNT_I)
+    )
     torch.testing.assert_close(vectors(placed), drawn)
     torch.testing.assert_close(TEXT_SCALE * TEXT_IE @ placed.dense[PROJECT].T, TEXT_IE @ text_ED)  # without a row
     assert not placed.optimizer[f"{PROJECT}.exp_avg"].any()
@@ -75,6 +87,6 @@ def test_a_version_has_its_items_where_they_were_drawn_and_new_ones_where_their_
 
 def test_left_where_they_are_nothing_changes(state) -> None:
     assert place_items(state, LEFT) is state
-    assert draw_to_text(VECTOR_ID, TEXT_IE, COUNT_I, LEFT)[0] is VECTOR_ID
+    assert draw_to_text(VECTOR_ID, TEXT_IE, COUNT_I, LEFT, TOLD)[0] is VECTOR_ID
     assert PLACINGS[0] == LEFT
     assert len(set(PLACINGS)) == len(PLACINGS)

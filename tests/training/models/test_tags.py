@@ -28,17 +28,20 @@ TOLD = pa.table(
 )
 def test_any_of_the_categories_and_the_domain(categories, domain, rows) -> None:
     # A fifth item was learned since: of it nothing is told.
-    assert Tags.of(TOLD).mask(categories, domain, 5).nonzero()[0].tolist() == rows
+    assert Tags(TOLD).mask(categories, domain, 5).nonzero()[0].tolist() == rows
 
 
 def test_a_slice_of_a_table_has_rows_of_its_own() -> None:
-    assert Tags.of(TOLD.slice(2)).mask(["crime"], None, 2).tolist() == [True, False]
+    assert Tags(TOLD.slice(2)).mask(["crime"], None, 2).tolist() == [True, False]
 
 
-def test_of_a_version_without_tags_nothing_is_of_any_category() -> None:
-    tags = Tags.of(None)
-    assert not tags.mask(["crime"], None, 3).any()
-    assert tags.mask([], None, 3).all()
+def test_where_nothing_is_told_nothing_is_of_any_category() -> None:
+    untold = Tags(pa.table({"categories": pa.array([[], []], pa.list_(pa.string())), "domain": ["films", "films"]}))
+    assert not untold.mask(["crime"], None, 2).any()
+    assert untold.mask([], "films", 2).all()
+    gaps = Tags(pa.table({"categories": [["crime", None], None], "domain": pa.array([None, "films"], pa.string())}))
+    assert gaps.mask(["crime"], None, 2).tolist() == [True, False]
+    assert gaps.mask([], "films", 2).tolist() == [False, True]
 
 
 def item(item_id: str, *categories: str, domain: str = "default") -> Item:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.models.placing import PROJECT, restart_moments, ridge
+from training.models.placing import PROJECT, Regression, restart_moments
 from training.online.migration import RIDGE, bridge, neighbour_recall, refit_projection
 
 
@@ -61,7 +61,9 @@ def test_recall_of_neighbours_by_hand() -> None:
 
 def test_ridge_follows_weights() -> None:
     one = np.array([[1.0], [1.0]])
-    assert ridge(one, np.array([[0.0], [4.0]]), np.array([1.0, 3.0]), RIDGE)[0, 0] == pytest.approx(3.0, rel=5e-3)
+    assert Regression.of(one, np.array([[0.0], [4.0]]), np.array([1.0, 3.0])).solve(RIDGE)[0, 0] == pytest.approx(
+        3.0, rel=5e-3
+    )
 
 
 def test_items_stay_where_they_were_and_the_rest_of_the_weights_as_they_are(
