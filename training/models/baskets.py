@@ -26,8 +26,8 @@ from training.baskets.purchases import PURCHASE, Purchases
 from training.baskets.ranker import USER_PLACE, BasketConfig, BasketRanker
 from training.models.blend import blended
 from training.models.interests import Interests, match_items, weigh
-from training.models.resident import Candidates, Catalogue, Put, Resident, index_items, index_users, lay_over
-from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState, grow_rows, log_popularity
+from training.models.resident import Candidates, Catalogue, Put, Resident, index_users, lay_texts
+from training.models.version import COUNT_ROWS, VersionState, log_popularity
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots, as its base
@@ -42,13 +42,7 @@ class ServedBaskets(Catalogue):
     @classmethod
     def build(cls, state: VersionState, put: Put, resident: Resident | None = None) -> "ServedBaskets":
         """Compute what answering needs from a version's arrays and the items put since."""
-        item_row = index_items(state, resident)
-        put, item_ids, index_of = lay_over(state, item_row, put)
-        text_IE = state.rows[TEXT_ROWS]
-        if put:
-            text_IE = grow_rows(text_IE, len(item_ids))
-            for item_id, (_, vector) in put.items():
-                text_IE[index_of[item_id]] = torch.tensor(vector)
+        laid = lay_texts(state, put, resident)
         newest = state.recipe.section(SystemConfig).max_history
         held = resident if isinstance(resident, ServedBaskets) and resident.state.recipe == state.recipe else None
         if held is not None and held.state.system is state.system:
@@ -58,26 +52,17 @@ class ServedBaskets(Catalogue):
             ranker = BasketRanker.restore(arrays, state.recipe.section(BasketConfig), newest=newest)
         return cls(
             state=state,
-            put=put,
-            item_ids=item_ids,
-            index_of=index_of,
-            item_row=item_row,
+            put=laid.put,
+            item_ids=laid.item_ids,
+            index_of=laid.index_of,
+            item_row=laid.item_row,
             user_row=index_users(state, resident),
             classical=None,
             popularity_I=log_popularity(state.rows[COUNT_ROWS]),
-            text_IE=text_IE,
+            text_IE=laid.text_IE,
             ranker=ranker,
             max_history=newest,
         )
-
-    def with_state(self, state: VersionState) -> "ServedBaskets":
-        """Return it of another state; items put since stay."""
-        return ServedBaskets.build(state, self.put, self)
-
-    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedBaskets":
-        """Return it with these (id, text) items known, or read anew where it knows them."""
-        new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
-        return ServedBaskets.build(self.state, {**self.put, **new}, self)
 
     @property
     def repeats(self) -> bool:

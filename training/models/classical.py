@@ -29,13 +29,12 @@ from training.models.resident import (
     Catalogue,
     Put,
     Resident,
-    index_items,
     index_users,
-    lay_over,
+    lay_texts,
     restore_classical,
 )
 from training.models.served import ServedModel
-from training.models.version import COUNT_ROWS, TEXT_ROWS, VersionState, grow_rows, log_popularity, read_version
+from training.models.version import COUNT_ROWS, VersionState, grow_rows, log_popularity, read_version
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots, as its base
@@ -47,35 +46,20 @@ class ServedClassical(Catalogue):
     @classmethod
     def build(cls, state: VersionState, put: Put, resident: Resident | None = None) -> "ServedClassical":
         """Compute what answering needs from a version's arrays and the items put since."""
-        item_row = index_items(state, resident)
-        put, item_ids, index_of = lay_over(state, item_row, put)
-        text_IE = state.rows[TEXT_ROWS]
-        if put:
-            text_IE = grow_rows(text_IE, len(item_ids))
-            for item_id, (_, vector) in put.items():
-                text_IE[index_of[item_id]] = torch.tensor(vector)
-        classical = restore_classical(state, text_IE, resident)
+        laid = lay_texts(state, put, resident)
+        classical = restore_classical(state, laid.text_IE, resident)
         assert classical is not None, "a version without a two-stage model has a classical system"
         return cls(
             state=state,
-            put=put,
-            item_ids=item_ids,
-            index_of=index_of,
-            item_row=item_row,
+            put=laid.put,
+            item_ids=laid.item_ids,
+            index_of=laid.index_of,
+            item_row=laid.item_row,
             popularity_I=log_popularity(grow_rows(state.rows[COUNT_ROWS], classical.item_count)),
             classical=classical,
-            text_IE=text_IE,
+            text_IE=laid.text_IE,
             user_row=index_users(state, resident),
         )
-
-    def with_state(self, state: VersionState) -> "ServedClassical":
-        """Return it of another state; items put since stay."""
-        return ServedClassical.build(state, self.put, self)
-
-    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedClassical":
-        """Return it with these (id, text) items known, or read anew where it knows them."""
-        new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
-        return ServedClassical.build(self.state, {**self.put, **new}, self)
 
     @property
     def max_history(self) -> int:

@@ -7,10 +7,11 @@ classical system. Immutable: a delta or a new item makes another one, and whoeve
 Shapes: I items, N items put, E encoder dimension.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from training.models.blend import blended
 from training.models.fitted import FittedSystem
 from training.models.interests import Interests, is_buried, weigh
 from training.models.tags import PutTags
-from training.models.version import TEXT_ROWS, VersionState
+from training.models.version import TEXT_ROWS, VersionState, grow_rows
 
 WITH_TEXT = 100
 """If none of so many items has a text, none has."""
@@ -155,7 +156,7 @@ class Resident(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots, which leave no room for what is computed when it is asked for
-class Catalogue:
+class Catalogue(ABC):
     """A version's items, with those put since laid over."""
 
     state: VersionState
@@ -170,6 +171,20 @@ class Catalogue:
     popularity_I: np.ndarray
     text_IE: torch.Tensor
     """Encoder vectors of all items."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, state: VersionState, put: Put, resident: "Resident | None" = None) -> Self:
+        """Compute what answering needs; what the `resident` has of the same content is shared with it."""
+
+    def with_state(self, state: VersionState) -> Self:
+        """Return it in another state, such as after deltas; items put since stay."""
+        return self.build(state, self.put, cast("Resident", self))
+
+    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> Self:
+        """Return it with these (id, text) items known, or read anew where it knows them."""
+        new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
+        return self.build(self.state, {**self.put, **new}, cast("Resident", self))
 
     @property
     def repeats(self) -> bool:
@@ -284,6 +299,28 @@ class Catalogue:
         """Return the `k` items with the highest cosines, without the one of this index; overwrites the cosines."""
         found = self.best(cosine_I, k, [index], cold_start=False)
         return list(zip(found.item_ids, found.scores.tolist(), strict=True))
+
+
+class LaidOver(NamedTuple):
+    """A version's items with those put since."""
+
+    put: Put
+    item_ids: list[str]
+    index_of: dict[str, int]
+    item_row: dict[str, int]
+    text_IE: torch.Tensor
+
+
+def lay_texts(state: VersionState, put: Put, resident: Resident | None) -> LaidOver:
+    """Return the version's items with those put that it does not hold so, and the vectors of all their texts."""
+    item_row = index_items(state, resident)
+    put, item_ids, index_of = lay_over(state, item_row, put)
+    text_IE = state.rows[TEXT_ROWS]
+    if put:
+        text_IE = grow_rows(text_IE, len(item_ids))
+        for item_id, (_, vector) in put.items():
+            text_IE[index_of[item_id]] = torch.tensor(vector)
+    return LaidOver(put, item_ids, index_of, item_row, text_IE)
 
 
 def index_items(state: VersionState, resident: Resident | None) -> dict[str, int]:

@@ -107,15 +107,6 @@ class ServedModel(Catalogue):
         """Return the model after a delta of this version; items put since stay."""
         return self.with_state(apply_delta(self.state, reader))
 
-    def with_state(self, state: VersionState) -> "ServedModel":
-        """Return the model of this version in another state, such as after many deltas; items put since stay."""
-        return ServedModel.build(state, self.put, self)
-
-    def with_items(self, items: Sequence[tuple[str, str]], vectors_NE: np.ndarray) -> "ServedModel":
-        """Return the model with these (id, text) items recommendable, or read anew where it knows them."""
-        new = {item_id: (text, vector) for (item_id, text), vector in zip(items, vectors_NE, strict=True)}
-        return ServedModel.build(self.state, {**self.put, **new}, self)
-
     @property
     def max_history(self) -> int:
         """Interactions it looks back on."""
