@@ -3,7 +3,8 @@
     python -m benchmarks.tables
 
 In:  results/quality_*.json and ratings_*.json, last lines of benchmarks.quality and benchmarks.ratings.
-Out: README.md, whose text between the two marks is replaced. A figure that is in the table has been measured.
+Out: README.md, whose text between the two marks is replaced; what was run apart on one dataset is one table. A figure
+that is in the table has been measured.
 """
 
 import json
@@ -31,7 +32,12 @@ def main() -> None:
 
 def build_tables() -> str:
     """Return the tables, in Markdown."""
-    parts = [_lists(_read(path)) for path in sorted(RESULTS.glob("quality_*.json"))]
+    of_data: dict[str, Json] = {}
+    for found in (_read(path) for path in sorted(RESULTS.glob("quality_*.json"))):
+        of_data.setdefault(found["config"]["data"], {"config": found["config"], "results": {}})["results"] |= found[
+            "results"
+        ]
+    parts = [_lists(found) for found in of_data.values()]
     parts += [_ratings(_read(path)) for path in sorted(RESULTS.glob("ratings_*.json"))]
     return "\n\n".join(parts)
 
@@ -47,7 +53,8 @@ def _lists(found: Json) -> str:
     systems = sorted(found["results"].items(), key=lambda entry: entry[1]["test_ndcg_at_10"]["mean"])
     for name, figures in systems:
         told = [_interval(figures[f"test_{metric}"]) for metric in ("ndcg_at_10", "hit_at_10")]
-        seeds = f"mean of {figures['seeds']} seeds" if "seeds" in figures else ""
+        count = figures.get("seeds", 0)
+        seeds = f"mean of {count} seeds" if count > 1 else "one seed" if count else ""
         lines.append(f"| {name} | {told[0]} | {told[1]} | {seeds} |")
     return "\n".join(lines)
 
