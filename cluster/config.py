@@ -29,6 +29,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "data": "training.stream:DataConfig",
         "encoder": "embeddings.text_encoder:EncoderConfig",
         "finetune": "training.encoder.config:FinetuneConfig",
+        "student": "training.encoder.config:StudentConfig",
         "tables": "embeddings.tables:TablesConfig",
         "model": "training.models.two_stage:ModelConfig",
         "ids": "embeddings.ids.config:IdsConfig",

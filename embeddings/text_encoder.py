@@ -51,6 +51,8 @@ class EncoderConfig:
     """Number format of products; auto is float32. bfloat16 needs AMX to be fast; int8 moves vectors by .5%."""
     layers: int | None = None
     """Layers to keep, evenly spaced; none keeps all."""
+    neurons: float | None = None
+    """Share of each layer's feed-forward neurons to keep, those of largest weights; none keeps all."""
     max_tokens: int = 128
     """Tokens read of each text; the rest is cut off."""
     batch_tokens: int = 2048
@@ -69,6 +71,8 @@ class EncoderConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"encoder.{name}={value}: must be at least 1")
+        if self.neurons is not None and not 0 < self.neurons <= 1:
+            raise ConfigError(f"encoder.neurons={self.neurons}: must be above 0 and at most 1")
 
 
 class _Loaded(NamedTuple):
@@ -134,6 +138,8 @@ class TextEncoder:
             chosen.append(self.dtype)
         if self.config.layers is not None:
             chosen.append(f"layers={self.config.layers}")
+        if self.config.neurons is not None:
+            chosen.append(f"neurons={self.config.neurons}")
         if self.traits.query_prefix or self.traits.item_prefix:
             chosen.append(repr((self.traits.query_prefix, self.traits.item_prefix)))
         digest = hashlib.sha256(" ".join(chosen).encode())
@@ -262,7 +268,7 @@ class TextEncoder:
 
         with self._loading():
             tokenizer = load_tokenizer(self.config.model, self.location)
-            model = load_model(self.location, self.config.layers)
+            model = load_model(self.location, self.config.layers, self.config.neurons)
         if self.adapter is not None:
             self.adapter.apply(model)
         return _Loaded(convert_model(model, self.dtype), Reader(tokenizer, self.config.max_tokens))

@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         _examples,
         _plan,
         _finetune,
+        _distill,
         _train,
         _tune,
         _evaluate,
@@ -157,6 +158,20 @@ def _finetune(commands: Commands) -> _Parser:
     _add_data_flag(parser)
     parser.add_argument("--workers", metavar="N", type=_positive, help="default: the recipe's train.workers")
     parser.add_argument("--epochs", metavar="N", type=_positive, help="default: the recipe's finetune.epochs")
+    return parser
+
+
+def _distill(commands: Commands) -> _Parser:
+    parser = _command(
+        commands,
+        "distill",
+        "training.encoder.student:run",
+        "make a smaller text encoder of the recipe's; `train --set encoder.model=FOLDER` then reads text with it",
+        "--data data/shop --texts data/more.txt",
+        "--set student.layers=2 --set encoder.adapter=recloop-home/runs/finetune-20260101-120000-000000",
+    )
+    _add_data_flag(parser)
+    parser.add_argument("--texts", metavar="FILE", help="further texts to learn from, one a line")
     return parser
 
 

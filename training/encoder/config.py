@@ -1,6 +1,6 @@
-"""Settings of fine-tuning: what of the encoder learns, from which objective, and for how long.
+"""Settings of fine-tuning and distillation: what of the encoder learns, from which objective, and for how long.
 
-In:  the recipe's `[finetune]`.  Out: a checked `FinetuneConfig`.
+In:  the recipe's `[finetune]` and `[student]`.  Out: a checked `FinetuneConfig` and `StudentConfig`.
 Knows nothing of models or data.
 """
 
@@ -108,3 +108,42 @@ class FinetuneConfig:
                 raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be between 0 and 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"finetune.dropout={self.dropout}: must be in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentConfig:
+    """How small the student is, and how it learns."""
+
+    layers: int = 1
+    """Of the teacher's, evenly spaced."""
+    neurons: float = 1.0
+    """Share of each layer's feed-forward neurons, those of largest weights."""
+    epochs: int = 20
+    fragments: int = 4
+    """Texts made of each text's own pieces, drawn and ordered at random, that are learned beside it."""
+    learning_rate: float = 0.001
+    """Of AdamW; it rises over a twentieth of the steps and falls as a cosine."""
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    batch_tokens: int = 2048
+    """Tokens learned together, padding included."""
+    batch_texts: int = 64
+    validation_fraction: float = 0.1
+    """Share of the texts that are held out and decide which epoch is kept."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("layers", "epochs", "batch_tokens", "batch_texts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"student.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("fragments", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"student.{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("learning_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"student.{name}={getattr(self, name)}: must be above 0")
+        if not 0 < self.neurons <= 1:
+            raise ConfigError(f"student.neurons={self.neurons}: must be above 0 and at most 1")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"student.validation_fraction={self.validation_fraction}: must be between 0 and 1")

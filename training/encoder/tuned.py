@@ -43,7 +43,9 @@ class TunedEncoder(nn.Module):
         self._base = encoder.base_fingerprint
         self._pooling, prefix = encoder.traits.pooling, encoder.traits.item_prefix
         tokenizer = load_tokenizer(encoder.config.model, encoder.location)
-        self.model = cast("PreTrainedModel", load_model(encoder.location, encoder.config.layers))
+        self.model = cast(
+            "PreTrainedModel", load_model(encoder.location, encoder.config.layers, encoder.config.neurons)
+        )
         self.model.requires_grad_(False)
         self._before = encoder.adapter
         if self._before is not None and self._before.kind == "weights":

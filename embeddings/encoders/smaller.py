@@ -1,0 +1,90 @@
+"""A language model with fewer layers, or with fewer neurons in each.
+
+In:  a loaded model.  Out: the same model, changed in place, whose config says so.
+Knows nothing of texts or training.
+
+What is left has the weights that it had, so that vectors move: a student that is distilled starts from here.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def keep_layers(model: "PreTrainedModel", count: int) -> None:
+    """Drop all but `count` of the model's layers, evenly spaced, the last among them.
+
+    Raises `ConfigError` where the model has fewer.
+    """
+    parent, name = _find_layers(model)
+    stack = getattr(parent, name)
+    if count > len(stack):
+        raise ConfigError(f"encoder.layers={count}: the model has {len(stack)}")
+    kept = [round((i + 1) * len(stack) / count) - 1 for i in range(count)]
+    setattr(parent, name, nn.ModuleList(stack[i] for i in kept))
+    model.config.num_hidden_layers = count
+
+
+@torch.no_grad()
+def keep_neurons(model: "PreTrainedModel", share: float) -> None:
+    """Drop all but a share of the neurons of each layer's feed-forward part: those of smallest weights.
+
+    How large a neuron is: the product of the norms of what leads into it and out of it. Raises `ConfigError` where the
+    model does not say how many it has, or has none that can be told from others.
+    """
+    width, hidden = getattr(model.config, "intermediate_size", None), model.config.hidden_size
+    if width is None or width == hidden:
+        raise ConfigError(
+            f"encoder.neurons={share}: {type(model).__name__} does not tell which of its layers have them"
+        )
+    kept = max(1, round(share * width))
+    for layer in getattr(*_find_layers(model)):
+        linears = [(parent, name, child) for parent in layer.modules() for name, child in _linears(parent)]
+        into = [found for found in linears if found[2].out_features == width]
+        out = [found for found in linears if found[2].in_features == width]
+        if not into or not out:
+            raise ConfigError(
+                f"encoder.neurons={share}: {type(model).__name__} has no linear layers of {width} neurons"
+            )
+        size_F = torch.ones(width)
+        for _, _, linear in into:
+            size_F *= linear.weight.norm(dim=1)
+        for _, _, linear in out:
+            size_F *= linear.weight.norm(dim=0)
+        chosen = size_F.topk(kept).indices.sort().values
+        for parent, name, linear in into:
+            bias = None if linear.bias is None else linear.bias[chosen]
+            setattr(parent, name, _linear(linear.weight[chosen], bias))
+        for parent, name, linear in out:
+            setattr(parent, name, _linear(linear.weight[:, chosen], linear.bias))
+    model.config.intermediate_size = kept
+
+
+def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return where the model's longest list of layers is, and its name there."""
+    stacks = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child)
+    ]
+    return max(stacks, key=lambda found: len(getattr(*found)))
+
+
+def _linears(parent: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, child) for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+
+
+def _linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> nn.Linear:
+    outputs, inputs = weight_OI.shape
+    linear = nn.Linear(inputs, outputs, bias=bias_O is not None)
+    linear.weight.copy_(weight_OI)
+    if bias_O is not None:
+        linear.bias.copy_(bias_O)
+    return linear
