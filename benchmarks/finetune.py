@@ -22,27 +22,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
+from benchmarks.cold_choices import ColdChoices
 from benchmarks.harness import Check, build_check, build_parser, print_result
 from cluster.dataset import Dataset, load_dataset
 from cluster.errors import DataError
-from embeddings.tables import TablesConfig
 from embeddings.text_encoder import EncoderConfig, TextEncoder
-from embeddings.vocabulary import Vocabulary
 from training.encoder.config import FinetuneConfig
-from training.encoder.inputs import lay_out, select, split_cold
 from training.encoder.labels import Labels, tune_on_labels
-from training.encoder.learner import TUNE, EncoderLearner, Progress, choice_ranks
+from training.encoder.learner import TUNE, EncoderLearner, Progress
 from training.encoder.tuned import TunedEncoder
 from training.evaluation.metrics import difference_interval, ndcg_at_k
-from training.inputs import build_item_vocabulary
-from training.stream import build_history
 
-HELD_OUT = 0.15
-"""Share of the items that no training meets."""
-LATER = 0.2
-"""Share of the events, the newest, that are for testing."""
 REVIEWS = "datasets/data/WomensClothingE-CommerceReviews.parquet.brotli"
 ARMS = ("frozen", "lora", "full")
 RATES = {"frozen": 0.0005, "lora": 0.001, "full": 0.0001}
@@ -116,19 +107,6 @@ def _tune_on_choices(
     args: argparse.Namespace, dataset: Dataset, seed: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, Json]]:
     """Return of each arm the ranks of later choices of items held out, among these and among all, and their users."""
-    events = dataset.events()
-    user_ids = events["user_id"].unique()
-    items = build_item_vocabulary(dataset, TablesConfig())
-    history = build_history(events, items, Vocabulary(user_ids.to_pylist(), len(user_ids)))
-    texts = dataset.items()["text"].to_pylist()
-    held_out = np.sort(
-        np.random.default_rng(1_000 + seed).choice(len(texts), int(len(texts) * HELD_OUT), replace=False)
-    )
-    is_held_out_N, later_N = np.isin(history.item_row, held_out), history.order >= (1 - LATER) * len(events)
-    met = select(history, ~is_held_out_N | later_N)  # what users look back on has no item that was held out before then
-    tested_N = np.isin(met.item_row, held_out) & (met.order >= (1 - LATER) * len(events))
-    tested_N[met.starts] = False
-    test = lay_out(met, np.flatnonzero(tested_N), FinetuneConfig().max_history)
     config = FinetuneConfig(
         seed=seed,
         epochs=1 if args.quick else args.epochs,
@@ -138,10 +116,8 @@ def _tune_on_choices(
     )
     if args.quick:
         config = replace(config, head_epochs=2)
-    inputs = split_cold(texts, select(history, ~is_held_out_N & ~later_N), config, where=dataset.path)
-    encoder = TextEncoder(EncoderConfig(), args.cache)
-    is_held_out_I = torch.zeros(len(texts), dtype=torch.bool)
-    is_held_out_I[torch.from_numpy(held_out)] = True
+    choices, encoder = ColdChoices(dataset, seed, config), TextEncoder(EncoderConfig(), args.cache)
+    texts, inputs = choices.inputs.texts, choices.inputs
     found = {}
     start: EncoderLearner | None = None
     for arm in args.arms:
@@ -165,11 +141,10 @@ def _tune_on_choices(
             "trained": tuned.trained,
             "share_trained": tuned.trained / tuned.total,
         }
-        ranks = choice_ranks(learner.head, learner.memory_IE, test)
-        cold_ranks = choice_ranks(learner.head, learner.memory_IE, test, is_held_out_I)
+        ranks, cold_ranks = choices.ranks(learner), choices.cold_ranks(learner)
         told = f"cold {ndcg_at_k(cold_ranks, 10).mean():.4f}, among all {ndcg_at_k(ranks, 10).mean():.4f}"
         print(f"seed {seed} {arm}: {told} {said}", file=sys.stderr, flush=True)
-        found[arm] = (cold_ranks, ranks, met.user_row[np.flatnonzero(tested_N)], said)
+        found[arm] = (cold_ranks, ranks, choices.user_P, said)
     return found
 
 

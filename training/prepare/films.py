@@ -80,6 +80,10 @@ class FilmTable:
             ]
         )
 
+    def films(self) -> list[Film]:
+        """Return all films, each once, in the source's order."""
+        return list({id(film): film for films in self._films_by_key.values() for film in films}.values())
+
     def find(self, title: str, year: int) -> Film | None:
         """Return the film of that title closest in year, the best described one where several are; `None` if none."""
         for key in title_keys(title):
