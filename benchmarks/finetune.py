@@ -38,6 +38,8 @@ REVIEWS = "datasets/data/WomensClothingE-CommerceReviews.parquet.brotli"
 ARMS = ("frozen", "lora", "full")
 RATES = {"frozen": 0.0005, "lora": 0.001, "full": 0.0001}
 """Learning rates of the encoder's weights, by arm."""
+TUNED_HEAD_RATE = 0.0005
+"""Of the head beside them."""
 
 Json = dict[str, Any]  # Any: whatever JSON holds
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--layers", type=int, default=2, help="topmost ones that lora changes")
     parser.add_argument("--batch-items", type=int, default=96)
+    parser.add_argument("--bfloat16", action="store_true", help="learn in bfloat16")
     parser.add_argument("--texts", type=int, default=2400)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--cache", type=Path, help="folder of the encoder's cache")
@@ -59,7 +62,7 @@ def main() -> None:
     results, checks = (films if args.task == "films" else reviews)(args)
     for check in checks:
         print(f"{check.name:60} {check.value:>8.4f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
-    names = ("task", "seeds", "first_seed", "epochs", "layers", "batch_items", "texts", "arms", "quick")
+    names = ("task", "seeds", "first_seed", "epochs", "layers", "batch_items", "texts", "arms", "bfloat16", "quick")
     print_result(results=results, config={name: getattr(args, name) for name in names}, checks=checks)
 
 
@@ -112,6 +115,7 @@ def _tune_on_choices(
         epochs=1 if args.quick else args.epochs,
         layers=args.layers,
         batch_items=args.batch_items,
+        bfloat16=args.bfloat16,
         hard_negatives=args.batch_items // 6,
     )
     if args.quick:
@@ -123,7 +127,7 @@ def _tune_on_choices(
     for arm in args.arms:
         of_arm = replace(config, tuned=arm, learning_rate=RATES[arm])
         if arm != "frozen":
-            of_arm = replace(of_arm, head_learning_rate=0.0003, patience=6)
+            of_arm = replace(of_arm, head_learning_rate=TUNED_HEAD_RATE, patience=args.epochs)
         cpu_s, wall_s = time.process_time(), time.monotonic()
         learner = EncoderLearner(TunedEncoder(encoder, of_arm, texts), inputs, of_arm, encoder.encode(texts))
         if start is not None:  # the same head for all: what differs is the encoder
@@ -161,6 +165,7 @@ def reviews(args: argparse.Namespace) -> tuple[Json, list[Check]]:
             config = FinetuneConfig(
                 tuned=arm,
                 layers=args.layers,
+                bfloat16=args.bfloat16,
                 objective="rating_mse",
                 learning_rate=RATES[arm],
                 epochs=args.epochs,

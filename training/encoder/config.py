@@ -57,9 +57,15 @@ class FinetuneConfig:
     batch_targets: int = 1024
     """Interactions with these items a step and worker."""
     whole_items: int = 8192
-    """Catalogues of so many items are scored whole, a full softmax, while the head learns alone. With the encoder, only
-    items that the step encodes are scored: others' vectors are older, and to tell old from new would be all that is
-    learned."""
+    """Catalogues of so many items are scored whole, a full softmax, and with the encoder each step encodes all of them.
+    Of larger ones a step of the encoder scores only items that it encodes: others' vectors are older, and to tell old
+    from new would be all that is learned."""
+    whole_steps: int = 2
+    """Steps of the encoder an epoch, where a step encodes the whole catalogue."""
+    whole_targets: int = 8192
+    """Interactions of such a step and worker."""
+    bfloat16: bool = False
+    """Learn with products in bfloat16: several times as fast where the processor multiplies it (AMX)."""
     hard_negatives: int = 32
     """Items a step that score high and were not chosen, encoded beside the batch's."""
     accumulate: int = 1
@@ -86,7 +92,7 @@ class FinetuneConfig:
         for name in ("layers", "rank", "dim", "max_history", "head_epochs", "epochs", "patience", "encode_texts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("batch_items", "batch_targets", "accumulate"):
+        for name in ("batch_items", "batch_targets", "accumulate", "whole_steps", "whole_targets"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"finetune.{name}={getattr(self, name)}: must be at least 1")
         for name in ("alpha", "learning_rate", "head_learning_rate", "clip_norm"):

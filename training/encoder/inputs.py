@@ -31,6 +31,12 @@ class Targets:
     stars_P: np.ndarray
     """NaN where it was no rating."""
 
+    def part(self, first: int, end: int) -> "Targets":
+        """Return those from one place to another."""
+        return Targets(
+            history_PL=self.history_PL[first:end], item_P=self.item_P[first:end], stars_P=self.stars_P[first:end]
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDraw:
@@ -158,3 +164,8 @@ class TargetSampler:
         )
         log_q_N = np.minimum(np.log(wanted) + self._log_q[rows], 0.0).astype(np.float32)
         return StepDraw(rows_N=rows, log_q_N=log_q_N, targets=targets)
+
+    def draw_targets(self, rng: np.random.Generator, count: int) -> Targets:
+        """Return so many interactions, or all where there are fewer, whatever their items."""
+        found = rng.choice(self._by_item, min(count, len(self._by_item)), replace=False)
+        return lay_out(self._history, found, self._config.max_history)

@@ -6,6 +6,9 @@ gradients are averaged.
 
     memory_IE   every item's vector as last encoded; a user's history is read from it, so that a step encodes the items
                 of its batch alone, whatever users looked back on (a memory bank: Wu et al., CVPR 2018)
+
+Of a catalogue that is not too large, a step of the encoder learns from all of it, as the head alone does: every text's
+vector, the loss's gradient on each, and each text again with that gradient (GradCache: Gao et al., RepL4NLP 2021).
 """
 
 import math
@@ -75,7 +78,7 @@ class EncoderLearner:
         is_several = dist.is_available() and dist.is_initialized()
         self.rank, self.workers = (dist.get_rank(), dist.get_world_size()) if is_several else (0, 1)
         self.sampler = TargetSampler(inputs.train, inputs.train_targets(), config)
-        self.steps_per_epoch = self.sampler.steps_per_epoch(self.workers)
+        self.learns_whole = config.objective in (NEXT_ITEM, SEQUENCE) and len(self.sampler.items) <= config.whole_items
         self.validation = lay_out(inputs.full, inputs.validation, config.max_history)
         if config.tuned != "frozen":
             tuned.keep_frozen()
@@ -155,6 +158,13 @@ class EncoderLearner:
         self._groups = [list(self.head.parameters()), encoder]
         self._step = self.progress.epoch * self.steps_per_epoch
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch of the present phase."""
+        if self.learns_whole and self.progress.phase == TUNE:
+            return self.config.whole_steps
+        return self.sampler.steps_per_epoch(self.workers)
+
     def _epoch(self, *, tune: bool) -> float:
         """Collective. Take an epoch's steps; return the mean loss."""
         progress, config = self.progress, self.config
@@ -170,10 +180,10 @@ class EncoderLearner:
             self._optimizer.zero_grad()
             for part in range(config.accumulate):
                 seed = (config.seed, int(tune), progress.epoch, step, part, self.rank)
-                draw = self.sampler.draw(np.random.default_rng(seed))
-                loss = self._loss(draw, tune=tune) / config.accumulate
-                loss.backward()
-                losses.append(float(loss.detach()) * config.accumulate)
+                rng = np.random.default_rng(seed)
+                losses.append(
+                    self._backward_whole(rng) if tune and self.learns_whole else self._backward(rng, tune=tune)
+                )
             self._average_gradients()
             for parameters in self._groups:
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
@@ -182,6 +192,56 @@ class EncoderLearner:
         self.tuned.eval()
         self.head.eval()
         return float(np.mean(losses))
+
+    def _backward(self, rng: np.random.Generator, *, tune: bool) -> float:
+        """Add up the gradients of a draw; return its loss."""
+        loss = self._loss(self.sampler.draw(rng), tune=tune)
+        (loss / self.config.accumulate).backward()
+        return float(loss.detach())
+
+    def _backward_whole(self, rng: np.random.Generator) -> float:
+        """Collective. Add up the gradients of many interactions, each a choice among all items; return their loss."""
+        config, met_M = self.config, torch.from_numpy(self.sampler.items)
+        shares = self._shares()
+        memory_IE, states = self.memory_IE.clone(), []
+        mine = torch.zeros_like(memory_IE)
+        with torch.no_grad():
+            for rows in shares:
+                states.append(torch.get_rng_state())
+                mine[torch.from_numpy(rows)] = self.tuned(rows)
+        if self.workers > 1:
+            dist.all_reduce(mine)  # collective
+        memory_IE[met_M] = mine[met_M]
+        self.memory_IE = memory_IE.clone()
+        memory_IE.requires_grad_()
+        targets = self.sampler.draw_targets(rng, config.whole_targets)
+        count, loss = len(targets.item_P), 0.0
+        for first in range(0, count, config.batch_targets):
+            part = targets.part(first, first + config.batch_targets)
+            user_PD = self.head.users(memory_IE, torch.from_numpy(part.history_PL))
+            target_P = torch.searchsorted(met_M, torch.from_numpy(part.item_P))
+            among = Candidates(memory_IE[met_M], torch.zeros(len(met_M)))
+            of_part = (
+                self.head.loss(user_PD, target_P, torch.from_numpy(part.stars_P), among) * len(part.item_P) / count
+            )
+            (of_part / config.accumulate).backward()
+            loss += float(of_part.detach())
+        assert memory_IE.grad is not None, "the loss is of vectors"
+        if self.workers > 1:  # added up: each worker has its share of the texts, and what these give is averaged
+            dist.all_reduce(memory_IE.grad)  # collective
+        after = torch.get_rng_state()
+        for rows, state in zip(shares, states, strict=True):
+            torch.set_rng_state(state)  # dropout leaves out what it left out before
+            self.tuned(rows).backward(memory_IE.grad[torch.from_numpy(rows)])
+        torch.set_rng_state(after)
+        return loss
+
+    def _shares(self) -> list[np.ndarray]:
+        """Return the items that this worker encodes of the whole catalogue, those that pass the encoder together."""
+        mine = self.sampler.items[self.rank :: self.workers]
+        ordered = mine[np.argsort(self.tuned.lengths[mine], kind="stable")]
+        at_once = self.config.encode_texts
+        return [ordered[first : first + at_once] for first in range(0, len(ordered), at_once)]
 
     def _loss(self, draw: StepDraw, *, tune: bool) -> torch.Tensor:
         """Return a draw's loss: its items are encoded, once each; all others are as the memory has them."""

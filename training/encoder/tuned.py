@@ -135,7 +135,8 @@ class TunedEncoder(nn.Module):
             return torch.empty(0, self.dim)
         by_length = np.argsort(self.lengths[rows], kind="stable")
         at_once = self._config.encode_texts
-        parts = [self._encode(rows[by_length[first : first + at_once]]) for first in range(0, len(rows), at_once)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training and self._config.bfloat16):
+            parts = [self._encode(rows[by_length[first : first + at_once]]) for first in range(0, len(rows), at_once)]
         vector_NE = torch.cat(parts)[torch.from_numpy(np.argsort(by_length))]
         return vector_NE * torch.from_numpy(self._is_told[rows]).unsqueeze(1)
 

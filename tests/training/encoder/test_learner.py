@@ -180,6 +180,58 @@ def test_tuned_it_finds_items_that_nobody_has_met_better_than_frozen(
     assert learner.validate()["cold_ndcg_at_10"] == pytest.approx(progress.best["cold_ndcg_at_10"])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_over_the_whole_catalogue_has_the_gradient_of_its_loss(
+    encoder: TextEncoder, inputs: FinetuneInputs, accumulate: int
+) -> None:
+    config = replace(CONFIG, tuned="top", whole_items=100, whole_targets=50, batch_targets=16, dropout=0.0)
+    config = replace(config, encode_texts=5, accumulate=accumulate)
+    learner = EncoderLearner(TunedEncoder(encoder, config, inputs.texts), inputs, config)
+    learner.tuned.train()
+    learned = [p for p in (*learner.head.parameters(), *learner.tuned.model.parameters()) if p.requires_grad]
+    loss = learner._backward_whole(np.random.default_rng(0))
+    found = [p.grad.clone() for p in learned if p.grad is not None]
+    for parameter in learned:
+        parameter.grad = None
+    targets, met_M = learner.sampler.draw_targets(np.random.default_rng(0), 50), torch.from_numpy(learner.sampler.items)
+    memory_IE = learner.memory_IE.index_copy(0, met_M, learner.tuned(learner.sampler.items))
+    user_PD = learner.head.users(memory_IE, torch.from_numpy(targets.history_PL))
+    place_P = torch.searchsorted(met_M, torch.from_numpy(targets.item_P))
+    wanted = torch.nn.functional.cross_entropy(learner.head.scores(user_PD, memory_IE[met_M]), place_P)
+    (wanted / accumulate).backward()
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+    directly = [p.grad for p in learned if p.grad is not None]
+    assert len(found) == len(directly) > 10
+    for one, other in zip(found, directly, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_leaves_out_the_same_when_texts_are_encoded_again(encoder: TextEncoder, inputs: FinetuneInputs) -> None:
+    config = replace(CONFIG, tuned="top", whole_items=100, dropout=0.5)
+    learner = EncoderLearner(TunedEncoder(encoder, config, inputs.texts), inputs, config)
+    learner.tuned.train()
+    encoded: list[torch.Tensor] = []
+    learner.tuned.register_forward_hook(lambda _, __, vectors: encoded.append(vectors.detach().clone()))
+    learner._backward_whole(np.random.default_rng(0))
+    half = len(encoded) // 2
+    assert half > 0
+    for once, again in zip(encoded[:half], encoded[half:], strict=True):
+        torch.testing.assert_close(once, again)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_over_the_whole_catalogue_it_learns_and_keeps_the_best(
+    encoder: TextEncoder, inputs: FinetuneInputs, *, bfloat16: bool
+) -> None:
+    config = replace(CONFIG, whole_items=100, epochs=6, patience=6, bfloat16=bfloat16)
+    learner = EncoderLearner(TunedEncoder(encoder, config, inputs.texts), inputs, config)
+    losses: list[float] = []
+    learner.run(lambda epoch: losses.append(epoch.figures["loss_total"]) if epoch.progress.phase == "tune" else None)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert learner.validate()["cold_ndcg_at_10"] == pytest.approx(learner.progress.best["cold_ndcg_at_10"])
+
+
 def test_frozen_leaves_the_encoder_as_it_is(encoder: TextEncoder, inputs: FinetuneInputs) -> None:
     config = replace(CONFIG, tuned="frozen")
     learner = EncoderLearner(TunedEncoder(encoder, config, inputs.texts), inputs, config)
