@@ -5,6 +5,7 @@
         items.parquet          ITEM_SCHEMA, one row an item
         users.parquet          USER_SCHEMA, one row a user
         promotions.parquet     PROMOTION_SCHEMA: what was on display or in a mailer, where and when (only where told)
+        media.parquet          MEDIA_SCHEMA: files of items' pictures and sounds (only where told)
         rejected.parquet       raw rows that were refused, with the reason (only where there are any)
 
 In:  Arrow tables.  Out: `Dataset`, which reads them back.
@@ -62,6 +63,16 @@ PROMOTION_SCHEMA = pa.schema(
 )
 """`place` is what events say in their context under the same name. One item's of a kind at a place do not overlap."""
 PROMOTIONS = "promotions.parquet"
+MEDIA_SCHEMA = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+    ]
+)
+"""An item has one file of a kind at most; paths are absolute, or begin at the dataset's folder."""
+MEDIA = "media.parquet"
+OPTIONAL = (PROMOTIONS, MEDIA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +123,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """Identify the content; a dataset prepared anew alike keeps it. The description states the events' digest."""
         digest = hashlib.sha256()
-        for name in ("dataset.json", "items.parquet", "users.parquet", PROMOTIONS):
-            if name != PROMOTIONS or (self.path / name).exists():
+        for name in ("dataset.json", "items.parquet", "users.parquet", *OPTIONAL):
+            if name not in OPTIONAL or (self.path / name).exists():
                 digest.update((self.path / name).read_bytes())
         return digest.hexdigest()
 
@@ -132,6 +143,15 @@ class Dataset:
     def promotion_kinds(self) -> list[str]:
         """Return the kinds of promotions that are told, in order."""
         return sorted(self._promotions(["kind"], columns=["kind"])["kind"].unique().to_pylist())
+
+    def media(self, kind: str) -> list[str]:
+        """Return the path of each item's file of a kind, in the order of `items()`; empty where it has none."""
+        if not (self.path / MEDIA).exists():
+            return [""] * self.info.items
+        told = _read_parquet(self.path / MEDIA, MEDIA_SCHEMA).filter(pc.field("kind") == kind)
+        paths = dict(zip(told["item_id"].to_pylist(), told["path"].to_pylist(), strict=True))
+        given = (paths.get(item_id) for item_id in self.items()["item_id"].to_pylist())
+        return [str(self.path / path) if path else "" for path in given]
 
     def _promotions(self, coded: list[str], *, kind: str | None = None, columns: list[str] | None = None) -> pa.Table:
         path = self.path / PROMOTIONS
@@ -157,6 +177,7 @@ def write_dataset(
     rejected_rows: pa.Table | None = None,
     facts: Mapping[str, float] | None = None,
     promotions: pa.Table | None = None,
+    media: pa.Table | None = None,
 ) -> Dataset:
     """Write a dataset folder whole or not at all, replacing the dataset that was there.
 
@@ -170,6 +191,9 @@ def write_dataset(
     if promotions is not None:
         promotions = _conform("promotions", promotions, PROMOTION_SCHEMA)
         _refuse_overlaps(promotions)
+    if media is not None:
+        media = _conform("media", media, MEDIA_SCHEMA)
+        _refuse_two_files(media)
     kinds = events["kind"].value_counts().to_pylist()
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
@@ -199,6 +223,8 @@ def write_dataset(
             pq.write_table(rejected_rows, draft / "rejected.parquet", compression="zstd")
         if promotions is not None:
             pq.write_table(promotions, draft / PROMOTIONS, compression="zstd")
+        if media is not None and media.num_rows:
+            pq.write_table(media, draft / MEDIA, compression="zstd")
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (draft / "dataset.json").write_text(text + "\n", encoding="utf-8")
         replace_folder(draft, path)
@@ -219,8 +245,9 @@ def load_dataset(path: str | Path) -> Dataset:
         "items": _check_parquet(path / "items.parquet", ITEM_SCHEMA),
         "users": _check_parquet(path / "users.parquet", USER_SCHEMA),
     }
-    if (path / PROMOTIONS).exists():
-        _check_parquet(path / PROMOTIONS, PROMOTION_SCHEMA)
+    for optional, schema in zip(OPTIONAL, (PROMOTION_SCHEMA, MEDIA_SCHEMA), strict=True):
+        if (path / optional).exists():
+            _check_parquet(path / optional, schema)
     for table, rows in counted.items():
         stated = getattr(info, table)
         if rows != stated:
@@ -275,6 +302,11 @@ def _refuse_overlaps(promotions: pa.Table) -> None:
         raise DataError("promotions: one ends before it begins")
     if ((whose[1:] == whose[:-1]) & (starts_us[1:] < ends_us[:-1])).any():
         raise DataError("promotions: two of one kind, item and place overlap")
+
+
+def _refuse_two_files(media: pa.Table) -> None:
+    if media.group_by(["item_id", "kind"]).aggregate([]).num_rows < media.num_rows:
+        raise DataError("media: an item has two files of one kind")
 
 
 def _sorted_by_time(events: pa.Table) -> pa.Table:

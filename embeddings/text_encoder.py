@@ -90,7 +90,7 @@ class TextEncoder:
         """
         check_installed(config.model)
         self.config = config
-        self._cache_folder = cache_folder
+        self.cache_folder = cache_folder
         self.adapter = Adapter.load(Path(config.adapter)) if adapter is None and config.adapter else adapter
         if self.adapter is not None:
             self.adapter.check_base(self.base_fingerprint, config.model)
@@ -98,7 +98,7 @@ class TextEncoder:
     @cached_property
     def location(self) -> str:
         """The model's folder, or its hub name; a packaged model is converted on first use where it needs to be."""
-        return locate_model(self.config.model, self._cache_folder)
+        return locate_model(self.config.model, self.cache_folder)
 
     @cached_property
     def traits(self) -> Traits:
@@ -120,7 +120,7 @@ class TextEncoder:
     @cached_property
     def cache_path(self) -> Path | None:
         """File of the cache; named by the fingerprint, for which the model's files are read."""
-        return self._cache_folder / f"text-{self.fingerprint}.db" if self._cache_folder else None
+        return self.cache_folder / f"text-{self.fingerprint}.db" if self.cache_folder else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,7 +199,7 @@ class TextEncoder:
 
     def unloaded(self, config: EncoderConfig) -> "TextEncoder":
         """Return the same encoder under other settings, with nothing loaded: to be sent to where it is to run."""
-        return TextEncoder(config, self._cache_folder, self.adapter)
+        return TextEncoder(config, self.cache_folder, self.adapter)
 
     def _forward_anywhere(self, texts: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray]]:
         from embeddings.encoders.on_ray import forward_on_ray, pays_on_ray

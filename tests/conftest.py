@@ -23,6 +23,7 @@ from cluster.home import Home
 from cluster.manifest import SYSTEM, VersionRef
 from cluster.ray_session import RaySession, find_free_port, ray_session
 from cluster.registry import Registry
+from embeddings.content import media_widths
 from embeddings.tables import TablesConfig
 from training.baselines.config import build_system
 from training.baselines.interface import seen_matrix
@@ -152,7 +153,9 @@ class TinyHome:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         dim = self.recipe.section(TablesConfig).dim
-        dense = TwoStage(self.recipe.section(ModelConfig), dim, self.TEXT_DIM)
+        model = self.recipe.section(ModelConfig)
+        told_dim = self.TEXT_DIM + sum(media_widths(model.media))
+        dense = TwoStage(model, dim, told_dim)
         history = self.events(self.USERS * self.CLICKS, prefix="past")
         state = VersionState(
             ref=VersionRef(1),
@@ -164,9 +167,7 @@ class TinyHome:
             rows={
                 ITEM_ROWS: 0.3 * torch.randn(self.ITEMS, dim, generator=generator),
                 USER_ROWS: torch.zeros(self.USERS, dim),
-                TEXT_ROWS: torch.nn.functional.normalize(
-                    torch.randn(self.ITEMS, self.TEXT_DIM, generator=generator), dim=1
-                ),
+                TEXT_ROWS: torch.nn.functional.normalize(torch.randn(self.ITEMS, told_dim, generator=generator), dim=1),
                 COUNT_ROWS: torch.arange(self.ITEMS, 0, -1),
             },
             dense=dense.state_dict(),

@@ -11,6 +11,7 @@ Knows nothing of models or workers.
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cluster.dataset import Dataset
 from cluster.errors import DataError
 from cluster.events import INTERACTION_KINDS
 from cluster.progress import progress
+from embeddings.content import encode_media
 from embeddings.tables import TablesConfig
 from embeddings.text_encoder import TextEncoder
 from embeddings.vocabulary import Vocabulary
@@ -36,7 +38,7 @@ class TrainingInputs:
     items: Vocabulary
     users: Vocabulary
     text: np.ndarray
-    """Encoder vectors, float32 [items, E], memory-mapped."""
+    """Encoder vectors of texts, and of media where the model is told of them, float32 [items, E], memory-mapped."""
     train: History
     full: History
     """`train` and the validation interactions."""
@@ -68,16 +70,26 @@ def load_inputs(dataset: Dataset, data: DataConfig, tables: TablesConfig, text_p
     )
 
 
-def encode_items(encoder: TextEncoder, dataset: Dataset) -> np.ndarray:
-    """Return the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`."""
+def encode_items(encoder: TextEncoder, dataset: Dataset, media: Sequence[str] = ()) -> np.ndarray:
+    """Return the encoder's vector of each item of the dataset, float32 [items, E], in the order of `items()`.
+
+    After it stand those of the item's media, kind by kind. Raises `DataError` naming a file that cannot be read, and
+    where no item has one of a kind.
+    """
     texts = dataset.items()["text"].to_pylist()
     with progress(len(texts), "encoding item text", unit="text") as bar:
-        return encoder.encode(texts, on_progress=bar.update)
+        told = [encoder.encode(texts, on_progress=bar.update)]
+    for kind in media:
+        files = dataset.media(kind)
+        if not any(files):
+            raise DataError(f"{dataset.path}: no item has a file of model.media {kind!r}; prepare it with some")
+        told.append(encode_media(kind, files, encoder.cache_folder))
+    return np.concatenate(told, axis=1)
 
 
-def write_text_vectors(encoder: TextEncoder, dataset: Dataset, folder: Path) -> None:
+def write_text_vectors(encoder: TextEncoder, dataset: Dataset, folder: Path, media: Sequence[str] = ()) -> None:
     """Write the items' vectors into a run folder and, of a fine-tuned encoder, what fine-tuning has changed."""
-    np.save(folder / TEXT_FILE, encode_items(encoder, dataset))
+    np.save(folder / TEXT_FILE, encode_items(encoder, dataset, media))
     if encoder.adapter is not None:
         encoder.adapter.save(folder)
 

@@ -28,6 +28,7 @@ from cluster.dataset import Dataset
 from cluster.errors import ConfigError
 from cluster.examples import Examples
 from cluster.home import Home
+from embeddings.content import media_widths
 from embeddings.examples import FEATURES
 from embeddings.ids.config import IdsConfig, buckets_of, rows_per_bucket, table_rows
 from embeddings.plan import TablePlan
@@ -135,9 +136,10 @@ def two_stage_job(recipe: Recipe, dataset: Dataset, workers: int, home: Home) ->
     tables = recipe.section(TablesConfig)
     events = training_events(dataset, recipe.section(DataConfig), ["kind", "user_id"])
     items, users = build_item_vocabulary(dataset, tables), build_user_vocabulary(events, tables)
-    text_dim = _text_dim(TextEncoder(recipe.section(EncoderConfig), home.cache))
+    model = recipe.section(ModelConfig)
+    text_dim = _text_dim(TextEncoder(recipe.section(EncoderConfig), home.cache)) + sum(media_widths(model.media))
     with torch.device("meta"):
-        dense = build_two_stage(recipe.section(ModelConfig), tables.dim, text_dim)
+        dense = build_two_stage(model, tables.dim, text_dim)
     rows = {ITEM: items.capacity, USER: users.capacity}
     held_bytes = _EVENT_BYTES * len(events) + 4 * text_dim * len(items)
     return Job(

@@ -10,7 +10,7 @@ The run folder must be on storage that all workers share.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from training.examples.trainer import train_on_examples
 from training.fit import fit_on_workers
 from training.inputs import load_inputs, write_text_vectors
 from training.models.rating import RatingConfig
+from training.models.two_stage import ModelConfig
 from training.ratings.inputs import load_rating_inputs
 from training.run import TEXT_FILE, TrainConfig, TrainedRun, new_run
 from training.stream import DataConfig
@@ -71,8 +72,8 @@ def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
         inputs = load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)
         fit_beside(recipe, inputs, folder)
 
-    config = recipe.section(TrainConfig)
-    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", config.final_epochs, prepare)
+    final_epochs, media = recipe.section(TrainConfig).final_epochs, recipe.section(ModelConfig).media
+    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", final_epochs, prepare, media)
 
 
 def train_ratings_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
@@ -95,11 +96,12 @@ def _fit(
     train_function: str,
     final_epochs: int,
     prepare: Callable[[Path], object],
+    media: Sequence[str] = (),
 ) -> TrainedRun:
     """Train; `prepare` writes what else the workers read, or says what is wrong, before any of them starts."""
     folder = new_run(home, recipe, kind)
     encoder = TextEncoder(recipe.section(EncoderConfig), home.cache)
-    write_text_vectors(encoder, dataset, folder)
+    write_text_vectors(encoder, dataset, folder, media)
     prepare(folder)
     config = recipe.section(TrainConfig)
     job = {"recipe": recipe.to_toml(), "dataset": str(Path(dataset.path).resolve()), "folder": str(folder)}

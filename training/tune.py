@@ -30,6 +30,7 @@ from embeddings.text_encoder import EncoderConfig, TextEncoder
 from training.baselines.config import SystemConfig
 from training.fit import fit_on_workers
 from training.inputs import encode_items, load_inputs
+from training.models.two_stage import ModelConfig
 from training.run import RECIPE_FILE, TEXT_FILE, TrainConfig, new_run
 from training.stream import DataConfig
 
@@ -84,7 +85,8 @@ def begin_search(recipe: Recipe, dataset: Dataset, home: Home, search: Search) -
     for text in search.ranges:
         read_range(text, recipe)
     folder = new_run(home, recipe, "tune").resolve()
-    np.save(folder / TEXT_FILE, encode_items(TextEncoder(recipe.section(EncoderConfig), home.cache), dataset))
+    encoder, media = TextEncoder(recipe.section(EncoderConfig), home.cache), recipe.section(ModelConfig).media
+    np.save(folder / TEXT_FILE, encode_items(encoder, dataset, media))
     load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)
     search = replace(search, dataset=str(Path(dataset.path).resolve()))
     (folder / SEARCH_FILE).write_text(json.dumps(asdict(search)))

@@ -175,7 +175,7 @@ def choose_placing(
     dense, step = dense_part(model), math.ceil(len(inputs.validation) / MOST_CHOOSING)
     mine = inputs.validation[:: max(step, 1)][dist.get_rank() :: dist.get_world_size()]
     catalogue, text_IE = gather_catalogue(model, inputs), torch.tensor(inputs.text)
-    if not text_IE.any():
+    if not text_IE.any() or dense.config.media:  # what is gated is no line, which the regression would fit
         return catalogue, {}
     count_I = torch.from_numpy(np.bincount(inputs.train.item_row, minlength=len(text_IE)))
     text_IE = text_IE.to(catalogue.item_ID)

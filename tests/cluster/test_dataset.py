@@ -199,3 +199,24 @@ def test_promotions_that_cannot_be_are_refused(tmp_path: Path, rows: list, messa
     with pytest.raises(DataError, match=message):
         write(tmp_path / "d", event(1, 1), promotions=promoted(*rows))
     assert not (tmp_path / "d").exists()
+
+
+def with_media(path: Path, *rows: tuple[str, str, str]) -> Dataset:
+    columns = zip(*rows, strict=True)
+    return write(path, event(1, 10), media=pa.table(dict(zip(("item_id", "kind", "path"), columns, strict=True))))
+
+
+def test_files_of_items_are_read_back_by_kind_in_the_items_order(tmp_path: Path) -> None:
+    rows = (("i2", "image", "/pictures/2.png"), ("i1", "audio", "sounds/1.wav"), ("i2", "audio", "/sounds/2.wav"))
+    dataset = with_media(tmp_path / "d", *rows)
+    assert dataset.media("image") == ["", "/pictures/2.png"]
+    assert dataset.media("audio") == [str(tmp_path / "d" / "sounds/1.wav"), "/sounds/2.wav"]
+    without = write(tmp_path / "e", event(1, 10))
+    assert without.media("image") == ["", ""]
+    assert without.fingerprint() != dataset.fingerprint()
+    assert without.fingerprint() == write(tmp_path / "f", event(1, 10)).fingerprint()
+
+
+def test_an_item_with_two_files_of_a_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="media: an item has two files of one kind"):
+        with_media(tmp_path / "d", ("i1", "image", "a"), ("i1", "image", "b"))

@@ -77,10 +77,10 @@ class FinetuneConfig:
     cache_gib: float = 2.0
     """Memory for what lies below the layers that learn; where it needs more, it is computed anew each time."""
     validation_fraction: float = 0.1
-    """Share of the training events, the newest, that training does not see; what of these is with items held out
-    decides when to stop."""
+    """Share of the training events, the newest, that training does not see."""
     cold_items: float = 0.15
-    """Share of items held out: training sees no interaction with them."""
+    """Share of items held out: training sees no interaction with them, and how well they are told decides which epoch
+    is kept."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
-"""What fine-tuning reads of a dataset: histories to learn from, and later choices of items that training never saw.
+"""What fine-tuning reads of a dataset: histories to learn from, and choices of items that training never saw.
 
 In:  a dataset, the recipe.  Out: `FinetuneInputs`, the same in every worker; each step's draw of items and targets.
 Knows nothing of the encoder.
 
-    interactions by time  |────────── train ──────────|─ validation ─|
-    items held out                   (left out)            targets       no training has met them: cold
-    all other items               targets, history         history
+    interactions by time  |──────── train ────────|──── later ────|
+    items held out              validation            validation      no training has met them: cold
+    all other items          targets, history           history
 """
 
 from dataclasses import dataclass
@@ -57,9 +57,11 @@ class FinetuneInputs:
     texts: list[str]
     train: History
     full: History
-    """With the validation interactions and the items held out."""
+    """With the later interactions and the items held out."""
     validation: np.ndarray
-    """Indices into `full` of the choices to validate on: later, of items held out."""
+    """Indices into `full` of the choices to validate on: of items held out."""
+    is_later: np.ndarray
+    """Which of these come after all that is learned from, bool."""
     cold: np.ndarray
     """Rows of the items held out."""
 
@@ -91,11 +93,13 @@ def split_cold(texts: list[str], full: History, config: FinetuneConfig, where: o
     late_N = full.order >= ordered[int(len(ordered) * (1 - config.validation_fraction))] if len(ordered) else []
     is_cold_N = np.isin(full.item_row, cold)
     train = select(full, ~(is_cold_N | late_N))
-    validates_N = is_cold_N & late_N
+    validates_N = is_cold_N.copy()
     validates_N[full.starts] = False
+    validation = np.flatnonzero(validates_N)
     if not (train.ends - train.starts > 1).any():
         raise DataError(f"{where}: no user has two interactions left to fine-tune the encoder on")
-    return FinetuneInputs(texts=texts, train=train, full=full, validation=np.flatnonzero(validates_N), cold=cold)
+    is_later = np.asarray(late_N, np.bool_)[validation]
+    return FinetuneInputs(texts=texts, train=train, full=full, validation=validation, is_later=is_later, cold=cold)
 
 
 def select(history: History, kept_N: np.ndarray) -> History:

@@ -268,7 +268,7 @@ class Catalogue(ABC):
     def bury(self, candidates: Candidates, interests: Interests) -> Candidates:
         """Return the candidates with those most like something disliked behind the others."""
         rows = [self.index_of[item_id] for item_id in candidates.item_ids]
-        text_IE = self.text_IE.numpy()
+        text_IE = self.text_IE[:, : interests.disliked_NE.shape[1]].numpy()
         order = np.argsort(is_buried(interests, text_IE[rows], text_IE), kind="stable")
         item_ids = [candidates.item_ids[place] for place in order]
         return replace(candidates, item_ids=item_ids, scores=candidates.scores[order])
@@ -319,7 +319,7 @@ def lay_texts(state: VersionState, put: Put, resident: Resident | None) -> LaidO
     if put:
         text_IE = grow_rows(text_IE, len(item_ids))
         for item_id, (_, vector) in put.items():
-            text_IE[index_of[item_id]] = torch.tensor(vector)
+            text_IE[index_of[item_id], : len(vector)] = torch.tensor(vector)
     return LaidOver(put, item_ids, index_of, item_row, text_IE)
 
 
@@ -373,4 +373,4 @@ def _is_held(state: VersionState, row: int | None, text: str, vector: np.ndarray
     """Whether the version has learned of an item all that was put."""
     if row is None or state.item_texts[row] != text:
         return False
-    return np.array_equal(state.rows[TEXT_ROWS][row].numpy(), vector)
+    return np.array_equal(state.rows[TEXT_ROWS][row, : len(vector)].numpy(), vector)

@@ -85,7 +85,7 @@ class ServedModel(Catalogue):
         if put:
             row_ID, text_IE, count_I = (grow_rows(rows, len(item_ids)) for rows in (row_ID, text_IE, count_I))
         for item_id, (_, vector) in put.items():
-            text_IE[index_of[item_id]] = torch.tensor(vector)
+            text_IE[index_of[item_id], : len(vector)] = torch.tensor(vector)  # what is told beside its text stays
         dense = _build_dense(state, resident)
         with torch.inference_mode():
             item_ID = dense.item_vectors(row_ID, text_IE)
@@ -183,7 +183,8 @@ class ServedModel(Catalogue):
         """Return what interests say of each item [I]: what is said is the text of an item, the only one a user had."""
         said = [*([interests.liked_E] if interests.liked_E is not None else []), *interests.disliked_NE]
         with torch.inference_mode():
-            text_NE = torch.from_numpy(np.stack(said))
+            text_NE = self.text_IE.new_zeros(len(said), self.text_IE.shape[1])
+            text_NE[:, : len(said[0])] = torch.from_numpy(np.stack(said))
             item_ND = self.dense.item_vectors(text_NE.new_zeros(len(said), self.item_ID.shape[1]), text_NE)
             one_N1 = torch.ones((len(said), 1), dtype=torch.bool)
             user_ND = self.dense.user_vectors(

@@ -24,6 +24,8 @@ from torch.nn import functional
 from cluster.errors import ConfigError
 from cluster.events import KINDS
 from embeddings.batch import PAD, Batch
+from embeddings.content import check_kinds, media_widths
+from embeddings.fusion import GatedFusion
 from training.models.history import (
     HistoryEncoder,
     HSTUEncoder,
@@ -65,6 +67,8 @@ class ModelConfig:
     """Share of items whose row is hidden in a step, so that what is told of an item can stand for itself."""
     members: int = 1
     """Models trained side by side from different starts, each on its share of every row, whose scores are averaged."""
+    media: tuple[str, ...] = ()
+    """What the dataset has of items beside their text that the model is told: image, audio, or both."""
     interaction: str = "mlp"
     """Interaction of the ranker: mlp, dcn, deepfm or bilinear."""
     ranker_hidden: int = 64
@@ -78,6 +82,7 @@ class ModelConfig:
             raise ConfigError(f"model.history={self.history!r}: is none of {', '.join(HISTORY_ENCODERS)}")
         if self.retrieval not in (SOFTMAX, BCE):
             raise ConfigError(f"model.retrieval={self.retrieval!r}: is none of {SOFTMAX}, {BCE}")
+        check_kinds(self.media)
         for name in ("adversarial_radius", "adversarial_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be 0 or more")
@@ -274,12 +279,22 @@ class Stages(nn.Module):
         return click, (weight_R[rated_R] * error_R.square()).sum() / rated_R.sum().clamp(min=1)
 
 
+def build_projection(config: ModelConfig, told_dim: int, dim: int) -> nn.Module:
+    """Return what makes of all that is told of an item, of this width, a vector of the model's."""
+    if config.media:
+        widths = media_widths(config.media)
+        return GatedFusion([told_dim - sum(widths), *widths], dim)
+    project = nn.Linear(told_dim, dim, bias=False)
+    nn.init.normal_(project.weight, std=0.01)
+    return project
+
+
 class TwoStage(Stages):
     """Everything of the model but its tables: an item is its row and what is told of it, projected."""
 
     def __init__(self, config: ModelConfig, dim: int, text_dim: int) -> None:
-        project = nn.Linear(text_dim, dim, bias=False)  # drawn first, as it always was: seeds mean the same
-        nn.init.normal_(project.weight, std=0.01)
+        """`text_dim` is the width of all that is told of an item, its media included."""
+        project = build_projection(config, text_dim, dim)  # drawn first, as it always was: seeds mean the same
         super().__init__(config, dim)
         self.project = project
 

@@ -36,9 +36,11 @@ from cluster.config import Recipe
 from cluster.manifest import Manifest, VersionRef
 from cluster.registry import Registry, VersionReader
 from embeddings.adapter import ADAPTER, ADAPTER_FILE, SETTINGS_FILE, Adapter
+from embeddings.content import media_widths
 from embeddings.quantized import QuantizedRows
 from embeddings.text_encoder import EncoderConfig
 from training.models.tags import Tags
+from training.models.two_stage import ModelConfig
 
 ITEM_ROWS, USER_ROWS, TEXT_ROWS, COUNT_ROWS = "item", "user", "text", "count"
 EXACT = "exact."
@@ -101,8 +103,8 @@ class VersionState:
 
     @property
     def text_dim(self) -> int:
-        """Length of the vectors by which the encoder tells of items."""
-        return self.rows[TEXT_ROWS].shape[1]
+        """Length of the vectors by which the text encoder tells of items; those of media stand after them."""
+        return self.rows[TEXT_ROWS].shape[1] - sum(media_widths(self.recipe.section(ModelConfig).media))
 
     @property
     def trained_rows(self) -> Mapping[str, torch.Tensor]:

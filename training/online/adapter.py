@@ -42,6 +42,7 @@ from training.encoder.inputs import FinetuneInputs, lay_out, split_cold
 from training.encoder.learner import TUNE, EncoderLearner, Progress, choice_ranks
 from training.encoder.tuned import TunedEncoder
 from training.evaluation.metrics import difference_interval, ndcg_at_k
+from training.models.two_stage import ModelConfig
 from training.models.version import (
     COUNT_ROWS,
     TEXT_ROWS,
@@ -159,23 +160,27 @@ def propose(registry: Registry, log: EventLog, recipe: Recipe, cache: Path | Non
     config, finetune = recipe.section(AdapterConfig), recipe.section(FinetuneConfig)
     started_s = time.monotonic()
     state = read_version(registry, registry.current())
+    if state.recipe.section(ModelConfig).media:
+        raise ConfigError(f"{state.ref}: has model.media, whose projection is refitted for no other encoder of texts")
     present = TextEncoder(state.recipe.section(EncoderConfig), cache, state.adapter)
     tuned_seq = log.head_seq()
     events = read_interactions(registry, log, state)
     users = events["user_id"].unique().to_pylist()
     history = build_history(events, Vocabulary(state.item_ids, len(state.item_ids)), Vocabulary(users, len(users)))
     inputs = split_cold(state.item_texts, history, finetune, where="the log")
-    metrics: dict[str, object] = {"events": len(events), "targets": len(inputs.validation), "base": present.fingerprint}
+    later, earlier = inputs.validation[inputs.is_later], inputs.validation[~inputs.is_later]
+    metrics: dict[str, object] = {"events": len(events), "targets": len(later), "base": present.fingerprint}
     metrics[TUNED_SEQ] = tuned_seq
 
     def refuse(reason: str) -> Proposal:
         return _proposal(state, present, None, np.empty((0, 0), np.float32), np.zeros(0, bool), reason, metrics)
 
-    if len(inputs.validation) < config.min_targets:
-        return refuse(f"{len(inputs.validation)} later choices of items held out, fewer than {config.min_targets}")
-    judged = lay_out(inputs.full, inputs.validation[1::2], finetune.max_history)
-    users_N = inputs.full.user_row[inputs.validation[1::2]]
-    inputs = replace(inputs, validation=inputs.validation[::2])
+    if min(len(later), len(earlier)) < config.min_targets:
+        return refuse(
+            f"{len(later)} later choices of items held out and {len(earlier)} before, fewer than {config.min_targets}"
+        )
+    judged, users_N = lay_out(inputs.full, later, finetune.max_history), inputs.full.user_row[later]
+    inputs = replace(inputs, validation=earlier, is_later=inputs.is_later[~inputs.is_later])
     text_IE = present.encode(state.item_texts)
     before, tuned, best = _tune(present, inputs, finetune, text_IE)
     gains = [ndcg_at_k(choice_ranks(one.head, one.memory_IE, judged), 10) for one in (before, tuned)]

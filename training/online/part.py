@@ -134,8 +134,8 @@ class ModelPart:
 
     @on_every_worker
     def describe(self, row: int, vector: np.ndarray) -> None:
-        """Set an item's text vector; a row beyond those known is the next one."""
-        self.text[row] = vector
+        """Set an item's text vector; what is told beside its text stays. A row beyond those known is the next one."""
+        self.text[row, : len(vector)] = vector
         self._known_items = max(self._known_items, row + 1)
         self._towers = self._base_towers = None
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.dataset import ITEM_SCHEMA, USER_SCHEMA, Dataset, Source, write_dataset
+from cluster.dataset import ITEM_SCHEMA, MEDIA_SCHEMA, USER_SCHEMA, Dataset, Source, write_dataset
 from cluster.errors import ConfigError, DataError
 from cluster.events import EVENT_SCHEMA, INTERACTION_KINDS, KINDS, MAX_FUTURE_US
 from training.prepare.item_columns import ITEM_ROLES, NEEDED_ITEM_ROLES, read_item_columns
@@ -67,10 +67,10 @@ def prepare_columns(
         raise DataError(f"{events}: holds a header and no rows")
     table, verdict = _judge(raw, default_kind, minted_prefix=name)
     rejected = verdict.rejected_rows("events")
-    described = ITEM_SCHEMA.empty_table()
+    described, media = ITEM_SCHEMA.empty_table(), MEDIA_SCHEMA.empty_table()
     facts = {"rows_read": raw.rows_read, "rows_accepted": table.num_rows}
     if items is not None:
-        described, item_verdict, raw_items = read_item_columns(items, item_columns, DEFAULT_DOMAIN)
+        described, media, item_verdict, raw_items = read_item_columns(items, item_columns, DEFAULT_DOMAIN)
         rejected = pa.concat_tables([rejected, item_verdict.rejected_rows("items")], promote_options="default")
         facts |= {"item_rows_read": raw_items.rows_read, "item_rows_accepted": described.num_rows}
     reasons = _reasons(rejected)
@@ -85,6 +85,7 @@ def prepare_columns(
         rejected=reasons,
         rejected_rows=rejected,
         facts=facts,
+        media=media,
     )
     if rejected.num_rows:
         _log.warning("%d rows refused (%s): %s", rejected.num_rows, _listed(reasons), out / "rejected.parquet")

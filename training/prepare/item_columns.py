@@ -1,6 +1,7 @@
 """The items of a CSV or Parquet file, with a column mapping, as an item table.
 
-In:  a file and which column plays which role.  Out: a table of `ITEM_SCHEMA` and the verdict on every row.
+In:  a file and which column plays which role.  Out: tables of `ITEM_SCHEMA` and `MEDIA_SCHEMA`, and the verdict on
+every row.
 Knows nothing of events.
 """
 
@@ -10,15 +11,18 @@ Knows nothing of events.
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.dataset import ITEM_SCHEMA
+from cluster.dataset import ITEM_SCHEMA, MEDIA_SCHEMA
 from training.prepare.raw_table import RawTable, column_names, read_raw_table
 from training.prepare.raw_values import parse_text, parse_times
 from training.prepare.verdict import Verdict
 
-ITEM_ROLES = ("item_id", "text", "domain", "categories", "available_from", "available_until")
+MEDIA_ROLES = ("image", "audio")
+"""Paths of files, from the folder of the file of items."""
+ITEM_ROLES = ("item_id", "text", "domain", "categories", "available_from", "available_until", *MEDIA_ROLES)
 NEEDED_ITEM_ROLES = ("item_id", "text")
 MAX_TEXT_CHARS = 20_000
 CATEGORY_SEPARATOR = "|"
@@ -26,8 +30,11 @@ CATEGORY_SEPARATOR = "|"
 
 def read_item_columns(
     path: Path, columns: Mapping[str, str] | None, default_domain: str
-) -> tuple[pa.Table, Verdict, RawTable]:
-    """Read items; without a mapping, item_id and text are needed under these names and further roles are optional."""
+) -> tuple[pa.Table, pa.Table, Verdict, RawTable]:
+    """Read items and their media.
+
+    Without a mapping, item_id and text are needed under these names and further roles are optional.
+    """
     if columns is None:
         present = column_names(path)
         columns = {role: role for role in ITEM_ROLES if role in NEEDED_ITEM_ROLES or role in present}
@@ -45,6 +52,9 @@ def read_item_columns(
         ts_us, missing, bad = parse_times(cells[role])
         verdict.refuse(f"bad {role}", bad)
         times[f"{role}_us"] = pa.array(ts_us, mask=missing)
+    files = {role: _files(path.parent, parse_text(cells[role])) for role in MEDIA_ROLES}
+    for role, path_N in files.items():
+        verdict.refuse(f"no such {role} file", np.array([bool(file) and not Path(file).is_file() for file in path_N]))
     verdict.refuse_repeated("duplicate item_id", item_id)
     table = pa.table(
         {
@@ -55,7 +65,19 @@ def read_item_columns(
             **times,
         }
     )
-    return table.filter(pa.array(verdict.accepted)).cast(ITEM_SCHEMA), verdict, raw
+    accepted = pa.array(verdict.accepted)
+    media = [
+        pa.table({"item_id": item_id, "kind": [role] * len(path_N), "path": pa.array(path_N, pa.string())})
+        .filter(pc.and_(accepted, pc.not_equal(pa.array(path_N, pa.string()), "")))
+        .cast(MEDIA_SCHEMA)
+        for role, path_N in files.items()
+    ]
+    return table.filter(accepted).cast(ITEM_SCHEMA), pa.concat_tables(media), verdict, raw
+
+
+def _files(folder: Path, names: pa.ChunkedArray) -> list[str]:
+    """Return absolute paths; empty where no file is named."""
+    return [str((folder / name).resolve()) if name else "" for name in names.to_pylist()]
 
 
 def _categories(column: pa.ChunkedArray) -> pa.ChunkedArray:

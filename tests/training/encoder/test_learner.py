@@ -242,7 +242,11 @@ def test_frozen_leaves_the_encoder_as_it_is(encoder: TextEncoder, inputs: Finetu
 def test_training_meets_no_item_that_is_held_out_and_nothing_of_later(inputs: FinetuneInputs, history: History) -> None:
     assert len(inputs.cold) == 6
     assert not np.isin(inputs.train.item_row, inputs.cold).any()
-    assert inputs.train.order.max() < inputs.full.order[inputs.validation].min()
+    order_V = inputs.full.order[inputs.validation]
+    assert inputs.train.order.max() < order_V[inputs.is_later].min()
+    assert order_V[~inputs.is_later].max() < order_V[inputs.is_later].min()
+    assert inputs.is_later.any()
+    assert not inputs.is_later.all()
     assert np.isin(inputs.full.item_row[inputs.validation], inputs.cold).all()
     assert not np.isin(inputs.validation, history.starts).any()
 

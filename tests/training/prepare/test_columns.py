@@ -193,6 +193,17 @@ def test_items_may_be_mapped_and_hold_lists(tmp_path: Path, out: Path) -> None:
     ]
 
 
+def test_items_have_their_files_and_those_that_are_not_there_are_refused(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(b"a picture")
+    events = csv_file(tmp_path, "user,item,time\nu1,i1,10\nu1,i2,20\n")
+    items = csv_file(tmp_path, "item_id,text,image\ni1,one,pictures/1.png\ni2,two,\ni3,three,gone.png\n", "items.csv")
+    dataset = prepare_columns(events, {"user": "user", "item": "item", "time": "time"}, out=out, items=items)
+    assert dataset.media("image") == [str(tmp_path / "pictures" / "1.png"), ""]
+    assert dataset.media("audio") == ["", ""]
+    assert dataset.info.rejected == {"items: no such image file": 1}
+
+
 def test_a_missing_column_is_named_with_those_present(tmp_path: Path, out: Path) -> None:
     events = csv_file(tmp_path, "user_id,i,t\nann,x,1\n")
     with pytest.raises(DataError, match=r"column 'u' \(for user\) is missing; present: user_id, i, t"):
