@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=4, help="draws of items held out")
     parser.add_argument("--epochs", type=int, default=8, help="of distillation")
+    parser.add_argument("--bfloat16", action="store_true", help="distil in bfloat16, from vectors in bfloat16")
     parser.add_argument("--further", type=int, default=10_000, help="films beside the dataset's that students learn")
     parser.add_argument("--students", nargs="*", choices=list(TAUGHT), default=list(TAUGHT))
     args = parser.parse_args()
@@ -71,7 +72,8 @@ def main() -> None:
         runs: Json = {}
         learned = _learned_texts(texts, seeds, 100 if args.quick else args.further)
         for name in args.students:
-            settings = [f"student.epochs={1 if args.quick else args.epochs}", "student.fragments=1", *TAUGHT[name]]
+            settings = [f"student.epochs={1 if args.quick else args.epochs}", "student.fragments=0", *TAUGHT[name]]
+            settings += ["student.bfloat16=true", 'encoder.dtype="bfloat16"'] if args.bfloat16 else []
             run = distill(recipe.with_overrides(settings), learned, Home(Path(folder) / "home").ensure())
             print(f"{name}: {json.dumps(run.metrics)}", file=sys.stderr, flush=True)
             recipes[name], runs[name] = recipe.with_overrides([f'encoder.model="{run.model}"']), run.metrics
@@ -102,7 +104,7 @@ def main() -> None:
     ]
     for check in checks:
         print(f"{check.name:60} {check.value:>8.4f}  bar {check.bar:8} {'holds' if check.holds else 'MISSED'}")
-    names = ("seeds", "epochs", "further", "students", "quick", "repeats")
+    names = ("seeds", "epochs", "further", "students", "bfloat16", "quick", "repeats")
     print_result(
         results=results, config={name: getattr(args, name) for name in names} | {"data": args.data.name}, checks=checks
     )

@@ -131,6 +131,8 @@ class StudentConfig:
     """Of AdamW; it rises over a twentieth of the steps and falls as a cosine."""
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    bfloat16: bool = False
+    """Learn with products in bfloat16: several times as fast where the processor multiplies it (AMX)."""
     batch_tokens: int = 2048
     """Tokens learned together, padding included."""
     batch_texts: int = 64

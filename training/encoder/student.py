@@ -140,7 +140,9 @@ class _Student:
             for _ in range(config.epochs):
                 self.model.train()
                 for n in generator.permutation(len(batches)):
-                    vector_BE, given_BE = self._vectors([ids[i] for i in batches[n]]), given_NE[batches[n]]
+                    with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+                        vector_BE = self._vectors([ids[i] for i in batches[n]])
+                    given_BE = given_NE[batches[n]]
                     alike_BB = vector_BE @ vector_BE.T - given_BE @ given_BE.T
                     loss = (1 - (vector_BE * given_BE).sum(1)).mean() + alike_BB.square().mean()
                     optimiser.zero_grad()

@@ -27,6 +27,7 @@ query_prefix = "find "
 layers = 1
 neurons = 0.5
 epochs = 8
+bfloat16 = false
 fragments = 1
 learning_rate = 0.01
 """
