@@ -11,6 +11,7 @@ What bounds it: what can be known of an item from its text. Rates are of one thr
 """
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -47,6 +48,7 @@ TAUGHT: dict[str, tuple[str, ...]] = {
     STUDENT: ("student.layers=1",),
     "student of 2 layers, half of the neurons": ("student.layers=2", "student.neurons=0.5"),
 }
+TITLE = re.compile(r"(.*?\(\d{4}\))")
 TIMED = 256
 """Texts of a turn."""
 
@@ -113,7 +115,8 @@ def main() -> None:
 def _learned_texts(texts: Sequence[str], seeds: Sequence[int], further: int) -> list[str]:
     """Return the texts of items that no draw holds out, and of other films."""
     held_out = {item for seed in seeds for item in held_out_items(len(texts), seed).tolist()}
-    own = {key for text in texts for key in title_keys(parse_title(text.partition(". ")[0])[0])}
+    titles = [found[1] if (found := TITLE.match(text)) else text.partition(". ")[0] for text in texts]
+    own = {key for title in titles for key in title_keys(parse_title(title)[0])}
     others = [
         item_text(film.title, film.year, (), film)
         for film in FilmTable.from_package().films()

@@ -38,6 +38,8 @@ from training.publish import publish_run
 from training.trainer import train_on_ray
 
 K = 10
+NOBODY = "a user without a row"
+"""As whom new users are served: their rows have learned from what they did after the choice, too."""
 RICH, POOR = "rich", "poor"
 ARMS = ("poor alone", "both domains")
 OVERRIDES = ("train.workers=1", "data.train_fraction=0.999")
@@ -148,12 +150,12 @@ def _served(model: ServedModel, domains: Domains, new: list[str]) -> list[np.nda
     for user_id, item_id, kind, value, ts_us in zip(*(column.to_pylist() for column in columns), strict=True):
         if user_id in of_user:
             of_user[user_id].append(Interaction(item_id, kind, value, ts_us, -1))
-    for user_id, interactions in of_user.items():
+    for interactions in of_user.values():
         ranks = []
         for n, chosen in enumerate(interactions):
             if chosen.item_id in domains.poor_ids:
                 before = [entry for entry in interactions[:n] if entry.item_id not in domains.poor_ids]
-                slate = model.recommend(user_id, before, K, within_I=within_I).item_ids
+                slate = model.recommend(NOBODY, before, K, within_I=within_I).item_ids
                 ranks.append(slate.index(chosen.item_id) + 1 if chosen.item_id in slate else K + 1)
         if ranks:
             found.append(np.array(ranks))

@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import ConfigError
+from cluster.progress import progress
 from embeddings.encoders.audio import AudioEncoder
 from embeddings.encoders.image import ImageEncoder
 from embeddings.encoders.media import MediaEncoder
 
+FILES = 256
+"""Files in memory together."""
 ENCODERS: Mapping[str, type[MediaEncoder]] = {"image": ImageEncoder, "audio": AudioEncoder}
 
 
@@ -39,4 +42,10 @@ def encode_media(kind: str, files: Sequence[str], cache: Path | None) -> np.ndar
 
     Raises `ConfigError` naming a package that is not installed, `DataError` naming a file that cannot be read.
     """
-    return ENCODERS[kind](cache).encode(files)
+    encoder = ENCODERS[kind](cache)
+    with progress(len(files), f"encoding {kind} files", unit="file") as bar:
+        parts = [np.empty((0, encoder.dim), np.float32)]
+        for first in range(0, len(files), FILES):
+            parts.append(encoder.encode(files[first : first + FILES]))
+            bar.update(len(parts[-1]))
+    return np.concatenate(parts)

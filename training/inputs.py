@@ -84,7 +84,7 @@ def encode_items(encoder: TextEncoder, dataset: Dataset, media: Sequence[str] = 
         if not any(files):
             raise DataError(f"{dataset.path}: no item has a file of model.media {kind!r}; prepare it with some")
         told.append(encode_media(kind, files, encoder.cache_folder))
-    return np.concatenate(told, axis=1)
+    return np.concatenate(told, axis=1) if media else told[0]
 
 
 def write_text_vectors(encoder: TextEncoder, dataset: Dataset, folder: Path, media: Sequence[str] = ()) -> None:

@@ -65,15 +65,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
 
 
 def train_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:
-    """Train within an open Ray session. Raises `EngineError` when the workers failed for good."""
+    """Train within an open Ray session.
+
+    Raises `ConfigError` for settings that do not go together, `EngineError` when the workers failed for good.
+    """
+    config, media = recipe.section(TrainConfig), recipe.section(ModelConfig).media
+    if media and config.text_prior is not None:
+        raise ConfigError(
+            f"train.text_prior={config.text_prior}: is for models without model.media, where text is gated"
+        )
     check_memory(recipe, dataset)
 
     def prepare(folder: Path) -> None:
         inputs = load_inputs(dataset, recipe.section(DataConfig), recipe.section(TablesConfig), folder / TEXT_FILE)
         fit_beside(recipe, inputs, folder)
 
-    final_epochs, media = recipe.section(TrainConfig).final_epochs, recipe.section(ModelConfig).media
-    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", final_epochs, prepare, media)
+    return _fit(recipe, dataset, home, "train", "training.worker:train_worker", config.final_epochs, prepare, media)
 
 
 def train_ratings_on_ray(recipe: Recipe, dataset: Dataset, home: Home) -> TrainedRun:

@@ -101,7 +101,7 @@ def read_range(text: str, recipe: Recipe) -> tuple[str, "BaseDistribution"]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     key, equals, told = text.partition("=")
-    if key.partition(".")[0] in SHARED_SECTIONS:
+    if key.partition(".")[0] in SHARED_SECTIONS or key == "model.media":
         raise ConfigError(f"--search {text}: is the same for all trials; search once for each value")
     ends = told.removeprefix("log:").split("..")
     choices = told.split("|")

@@ -27,7 +27,14 @@ def keep_layers(model: "PreTrainedModel", count: int) -> None:
     if count > len(stack):
         raise ConfigError(f"encoder.layers={count}: the model has {len(stack)}")
     kept = [round((i + 1) * len(stack) / count) - 1 for i in range(count)]
-    setattr(parent, name, nn.ModuleList(stack[i] for i in kept))
+    layers = nn.ModuleList(stack[i] for i in kept)
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place  # pyright: ignore[reportArgumentType]  # where its keys are kept
+    setattr(parent, name, layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
     model.config.num_hidden_layers = count
 
 

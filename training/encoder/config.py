@@ -49,6 +49,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     warmup_steps: int = 10
+    """Over which the rates rise; a tenth of a phase's steps at most."""
     batch_items: int = 192
     """Distinct items a step and worker, each encoded once however many interactions have it."""
     item_power: float = 0.0

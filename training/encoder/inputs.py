@@ -20,6 +20,9 @@ from training.encoder.config import FinetuneConfig
 from training.inputs import build_item_vocabulary, build_user_vocabulary, training_events
 from training.stream import DataConfig, History, build_history, build_sequences, windows_before
 
+MOST_VALIDATED = 20_000
+"""Choices before the later ones that are validated on, drawn at random where there are more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
@@ -96,9 +99,13 @@ def split_cold(texts: list[str], full: History, config: FinetuneConfig, where: o
     validates_N = is_cold_N.copy()
     validates_N[full.starts] = False
     validation = np.flatnonzero(validates_N)
+    is_later = np.asarray(late_N, np.bool_)[validation]
+    if (~is_later).sum() > MOST_VALIDATED:
+        kept = is_later.copy()
+        kept[rng.choice(np.flatnonzero(~is_later), MOST_VALIDATED, replace=False)] = True
+        validation, is_later = validation[kept], is_later[kept]
     if not (train.ends - train.starts > 1).any():
         raise DataError(f"{where}: no user has two interactions left to fine-tune the encoder on")
-    is_later = np.asarray(late_N, np.bool_)[validation]
     return FinetuneInputs(texts=texts, train=train, full=full, validation=validation, is_later=is_later, cold=cold)
 
 

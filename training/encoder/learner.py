@@ -131,7 +131,7 @@ class EncoderLearner:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return the figures of later choices of items held out; of ratings, the error of their stars."""
+        """Return the figures of choices of items held out; of ratings, the error of their stars."""
         return evaluate_choices(self.head, self.memory_IE, self.validation, self.inputs.cold)
 
     def _end_phase(self) -> None:
@@ -173,7 +173,7 @@ class EncoderLearner:
         self.head.train()
         losses = []
         for step in range(self.steps_per_epoch):
-            warm = min(1.0, (self._step + 1) / max(config.warmup_steps, 1))
+            warm = min(1.0, (self._step + 1) / max(min(config.warmup_steps, most * self.steps_per_epoch // 10), 1))
             cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self._step / (most * self.steps_per_epoch))))
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
@@ -305,11 +305,10 @@ class EncoderLearner:
 def evaluate_choices(head: TasteHead, vector_IE: torch.Tensor, choices: Targets, cold: np.ndarray) -> dict[str, float]:
     """Return NDCG@10 and Hit@10 of choices among the cold items and among all; of stars, errors."""
     head.eval()
-    user_PD = head.users(vector_IE, torch.from_numpy(choices.history_PL))
-    item_P = torch.from_numpy(choices.item_P)
     if head.config.objective in RATING_OBJECTIVES:
         told_P = torch.from_numpy(choices.stars_P)
-        stars_P, class_PS = head.stars(user_PD, vector_IE[item_P])
+        user_PD = head.users(vector_IE, torch.from_numpy(choices.history_PL))
+        stars_P, class_PS = head.stars(user_PD, vector_IE[torch.from_numpy(choices.item_P)])
         if head.config.objective == "rating_classes":
             stars_P = expected_stars(class_PS)
         error_P = (stars_P - told_P)[told_P.isfinite()]

@@ -15,6 +15,7 @@ Shapes: B texts together, E encoder dimension.
 import argparse
 import copy
 import json
+import math
 import random
 import re
 import tempfile
@@ -45,6 +46,10 @@ LEAST_TEXTS = 10
 POOLED, PROMPTS_FILE = ("mean_tokens", "cls_token", "lasttoken"), "config_sentence_transformers.json"
 """How a model folder says what its vectors are, and what they are asked with."""
 NEIGHBOURS = 10
+COMPARED = 2_000
+"""Held-out texts whose neighbours are compared."""
+WARM_UP = 0.05
+"""Share of the steps over which the rate rises."""
 PIECES = re.compile(r"(?<=[.,;:!?。，；：！？])\s*")
 """Between pieces of a text."""
 
@@ -66,7 +71,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
     recipe = load_recipe(args.recipe, args.overrides)
     texts = load_dataset(args.data or args.home.default_dataset).items()["text"].to_pylist()
     if args.texts is not None:
-        texts += Path(args.texts).read_text("utf-8").splitlines()
+        try:
+            texts += Path(args.texts).read_text("utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"--texts {args.texts}: cannot be read ({error})") from error
     return asdict(distill(recipe, texts, args.home.ensure()))
 
 
@@ -132,9 +140,8 @@ class _Student:
         optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, config.learning_rate, total_steps=len(batches) * config.epochs + 1, pct_start=0.05
-        )
+        steps = len(batches) * config.epochs
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
         best, weights = self._compare(held_out_ids, wanted_ME), copy.deepcopy(self.model.state_dict())
         with progress(config.epochs, "distilling", unit="epoch") as bar:
             for _ in range(config.epochs):
@@ -189,8 +196,9 @@ class _Student:
         found_ME = torch.empty_like(wanted_ME)
         for batch in self._batches(ids):
             found_ME[batch] = self._vectors([ids[i] for i in batch])
-        count = min(NEIGHBOURS, len(ids) - 1)
-        same = [set(a) & set(b) for a, b in zip(*(_neighbours(v, count) for v in (found_ME, wanted_ME)), strict=True)]
+        some = [vectors[:COMPARED] for vectors in (found_ME, wanted_ME)]
+        count = min(NEIGHBOURS, len(some[0]) - 1)
+        same = [set(a) & set(b) for a, b in zip(*(_neighbours(v, count) for v in some), strict=True)]
         recall = float(np.mean([len(both) / count for both in same]))
         return {"cosine": float((found_ME * wanted_ME).sum(1).mean()), "neighbours": recall}
 
@@ -198,6 +206,11 @@ class _Student:
 def _neighbours(vector_ME: torch.Tensor, count: int) -> list[list[int]]:
     """Return the rows nearest to each, without itself."""
     return (vector_ME @ vector_ME.T).fill_diagonal_(-2).topk(count).indices.tolist()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step."""
+    return min(1.0, (step + 1) / (WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _count(model: nn.Module) -> float:

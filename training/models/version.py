@@ -39,6 +39,7 @@ from embeddings.adapter import ADAPTER, ADAPTER_FILE, SETTINGS_FILE, Adapter
 from embeddings.content import media_widths
 from embeddings.quantized import QuantizedRows
 from embeddings.text_encoder import EncoderConfig
+from training.baselines.config import TWO_STAGE, SystemConfig
 from training.models.tags import Tags
 from training.models.two_stage import ModelConfig
 
@@ -104,7 +105,9 @@ class VersionState:
     @property
     def text_dim(self) -> int:
         """Length of the vectors by which the text encoder tells of items; those of media stand after them."""
-        return self.rows[TEXT_ROWS].shape[1] - sum(media_widths(self.recipe.section(ModelConfig).media))
+        told = self.rows[TEXT_ROWS].shape[1]
+        is_told_more = self.recipe.section(SystemConfig).name == TWO_STAGE
+        return told - sum(media_widths(self.recipe.section(ModelConfig).media)) if is_told_more else told
 
     @property
     def trained_rows(self) -> Mapping[str, torch.Tensor]:

@@ -393,6 +393,8 @@ class OnlineLearner:
             return None
         if self.pending_events or self.registry.current() != self.ref or proposal.before != self.encoder.fingerprint:
             return None
+        if self.live.dense.config.media:  # of the version that it has followed: its projection is refitted for no other
+            return None
         encoder = TextEncoder(self.encoder.config, self.cache_folder, proposal.adapter)
         state = self._state()
         text_IE, bridged = proposal.vectors_for(state.item_ids, state.item_texts, encoder)

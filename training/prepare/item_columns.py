@@ -8,6 +8,7 @@ Knows nothing of events.
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,11 +34,12 @@ def read_item_columns(
 ) -> tuple[pa.Table, pa.Table, Verdict, RawTable]:
     """Read items and their media.
 
-    Without a mapping, item_id and text are needed under these names and further roles are optional.
+    Without a mapping, item_id and text are needed under these names and further roles but those of media are optional.
     """
     if columns is None:
         present = column_names(path)
-        columns = {role: role for role in ITEM_ROLES if role in NEEDED_ITEM_ROLES or role in present}
+        named = [role for role in ITEM_ROLES if role not in MEDIA_ROLES]  # what is called an image may be a link
+        columns = {role: role for role in named if role in NEEDED_ITEM_ROLES or role in present}
     raw = read_raw_table(path, columns, list_roles=("categories",))
     absent = pa.chunked_array([pa.nulls(raw.columns.num_rows, pa.string())])
     cells = {role: raw.columns[role] if role in columns else absent for role in ITEM_ROLES}
@@ -54,7 +56,7 @@ def read_item_columns(
         times[f"{role}_us"] = pa.array(ts_us, mask=missing)
     files = {role: _files(path.parent, parse_text(cells[role])) for role in MEDIA_ROLES}
     for role, path_N in files.items():
-        verdict.refuse(f"no such {role} file", np.array([bool(file) and not Path(file).is_file() for file in path_N]))
+        verdict.refuse(f"no such {role} file", np.array([bool(file) and not os.path.isfile(file) for file in path_N]))
     verdict.refuse_repeated("duplicate item_id", item_id)
     table = pa.table(
         {
@@ -77,7 +79,7 @@ def read_item_columns(
 
 def _files(folder: Path, names: pa.ChunkedArray) -> list[str]:
     """Return absolute paths; empty where no file is named."""
-    return [str((folder / name).resolve()) if name else "" for name in names.to_pylist()]
+    return [os.path.join(folder.resolve(), name) if name else "" for name in names.to_pylist()]
 
 
 def _categories(column: pa.ChunkedArray) -> pa.ChunkedArray:

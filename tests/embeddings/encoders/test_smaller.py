@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from cluster.errors import ConfigError
 from embeddings.encoders.pretrained import load_model
@@ -56,3 +56,15 @@ def test_a_model_that_does_not_tell_its_neurons_is_refused(tiny_model: Path) -> 
     model.config.intermediate_size = model.config.hidden_size
     with pytest.raises(ConfigError, match="BertModel does not tell"):
         keep_neurons(model, 0.5)
+
+
+def test_a_decoder_of_fewer_layers_answers_and_is_read_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaModel(LlamaConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "whole")
+    model, ids = load_model(str(tmp_path / "whole"), layers=2, neurons=0.5), torch.tensor([[2, 4, 5, 3]])
+    model.save_pretrained(tmp_path / "half")
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).last_hidden_state
+        found = load_model(str(tmp_path / "half"))(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, wanted)

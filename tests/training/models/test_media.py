@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,15 @@ def test_an_item_whose_text_is_put_keeps_its_picture_and_a_new_one_has_none(mode
 
 
 def test_interests_are_compared_to_texts_alone(model: ServedModel) -> None:
-    wanted = Interests(liked_E=model.text_IE[7, :TEXT_DIM].numpy(), disliked_NE=vector()[None])
-    assert len(model.recommend("stranger", [], 5, interests=wanted).item_ids) == 5
-    found = model.recommend("u1", history("i1", "i2"), 30, interests=wanted)
+    wanted = Interests(liked_E=None, disliked_NE=model.text_IE[7, :TEXT_DIM].numpy()[None])
+    found = model.recommend("u1", history("i1", "i2"), 30)
     buried = model.bury(found, wanted)
     assert sorted(buried.item_ids) == sorted(found.item_ids)
+    assert "i7" in buried.item_ids[-3:]
+    liked = Interests(liked_E=vector(), disliked_NE=np.empty((0, TEXT_DIM), np.float32))
+    stranger = model.recommend("stranger", [], 30, interests=liked)
+    assert not stranger.cold_start
+    assert stranger.item_ids != model.recommend("stranger", [], 30).item_ids
 
 
 @pytest.mark.usefixtures("process_group")
@@ -103,6 +108,13 @@ def test_no_adapter_is_proposed_for_it(tiny) -> None:
         pytest.raises(ConfigError, match=r"has model\.media, whose projection"),
     ):
         propose(tiny.registry, log, tiny.recipe, tiny.home.cache)
+
+
+def test_a_classical_version_is_told_of_texts_alone(tiny) -> None:
+    state = read_version(tiny.registry, VersionRef(1))
+    system = {"system": {"name": "ease"}}
+    classical = replace(state, recipe=replace(state.recipe, values={**state.recipe.values, **system}))
+    assert classical.text_dim == state.rows[TEXT_ROWS].shape[1]
 
 
 @pytest.mark.parametrize(

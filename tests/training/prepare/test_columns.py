@@ -198,7 +198,11 @@ def test_items_have_their_files_and_those_that_are_not_there_are_refused(tmp_pat
     (tmp_path / "pictures" / "1.png").write_bytes(b"a picture")
     events = csv_file(tmp_path, "user,item,time\nu1,i1,10\nu1,i2,20\n")
     items = csv_file(tmp_path, "item_id,text,image\ni1,one,pictures/1.png\ni2,two,\ni3,three,gone.png\n", "items.csv")
-    dataset = prepare_columns(events, {"user": "user", "item": "item", "time": "time"}, out=out, items=items)
+    mapping = {"item_id": "item_id", "text": "text", "image": "image"}
+    of_events = {"user": "user", "item": "item", "time": "time"}
+    unasked = prepare_columns(events, of_events, out=tmp_path / "unasked", items=items)
+    assert unasked.media("image") == [""] * 3
+    dataset = prepare_columns(events, of_events, out=out, items=items, item_columns=mapping)
     assert dataset.media("image") == [str(tmp_path / "pictures" / "1.png"), ""]
     assert dataset.media("audio") == ["", ""]
     assert dataset.info.rejected == {"items: no such image file": 1}
