@@ -34,9 +34,7 @@ def build_tables() -> str:
     """Return the tables, in Markdown."""
     of_data: dict[str, Json] = {}
     for found in (_read(path) for path in sorted(RESULTS.glob("quality_*.json"))):
-        of_data.setdefault(found["config"]["data"], {"config": found["config"], "results": {}})["results"] |= found[
-            "results"
-        ]
+        of_data.setdefault(found["config"]["data"], found)["results"] |= found["results"]
     parts = [_lists(found) for found in of_data.values()]
     parts += [_ratings(_read(path)) for path in sorted(RESULTS.glob("ratings_*.json"))]
     return "\n\n".join(parts)

@@ -22,8 +22,7 @@ def keep_layers(model: "PreTrainedModel", count: int) -> None:
 
     Raises `ConfigError` where the model has fewer.
     """
-    parent, name = _find_layers(model)
-    stack = getattr(parent, name)
+    name, stack = find_layers(model)
     if count > len(stack):
         raise ConfigError(f"encoder.layers={count}: the model has {len(stack)}")
     kept = [round((i + 1) * len(stack) / count) - 1 for i in range(count)]
@@ -32,7 +31,7 @@ def keep_layers(model: "PreTrainedModel", count: int) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place  # pyright: ignore[reportArgumentType]  # where its keys are kept
-    setattr(parent, name, layers)
+    model.set_submodule(name, layers)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[i] for i in kept]
     model.config.num_hidden_layers = count
@@ -51,7 +50,7 @@ def keep_neurons(model: "PreTrainedModel", share: float) -> None:
             f"encoder.neurons={share}: {type(model).__name__} does not tell which of its layers have them"
         )
     kept = max(1, round(share * width))
-    for layer in getattr(*_find_layers(model)):
+    for layer in find_layers(model)[1]:
         linears = [(parent, name, child) for parent in layer.modules() for name, child in _linears(parent)]
         into = [found for found in linears if found[2].out_features == width]
         out = [found for found in linears if found[2].in_features == width]
@@ -73,15 +72,13 @@ def keep_neurons(model: "PreTrainedModel", share: float) -> None:
     model.config.intermediate_size = kept
 
 
-def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:
-    """Return where the model's longest list of layers is, and its name there."""
-    stacks = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child)
-    ]
-    return max(stacks, key=lambda found: len(getattr(*found)))
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return a transformer's layers, its longest list of modules, and their name. Raises `ConfigError` without any."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and name]
+    found = max(lists, key=lambda entry: len(entry[1]), default=None)
+    if found is None:
+        raise ConfigError("encoder.model: has no list of layers")
+    return found
 
 
 def _linears(parent: nn.Module) -> list[tuple[str, nn.Linear]]:

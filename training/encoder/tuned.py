@@ -9,7 +9,7 @@ Most of what an encoder costs lies below the layers that learn, and is the same 
 LoRA is peft's (Hu et al., 2021). Shapes: N texts of a call, T tokens, E encoder dimension.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from cluster.errors import ConfigError
 from embeddings.adapter import Adapter
 from embeddings.encoders.batching import pool
 from embeddings.encoders.pretrained import load_model, load_tokenizer
+from embeddings.encoders.smaller import find_layers
 from embeddings.text_encoder import TextEncoder
 from training.encoder.config import FinetuneConfig
 
@@ -55,7 +56,7 @@ class TunedEncoder(nn.Module):
                     "which lora cannot go on from; set finetune.tuned to top or full, or leave the adapter out"
                 )
             self._before.apply(self.model)
-        self._layers_name, layers = _find_layers(self.model)
+        self._layers_name, layers = find_layers(self.model)
         if config.tuned in ("lora", "top") and config.layers > len(layers):
             raise ConfigError(f"finetune.layers={config.layers}: {encoder.config.model!r} has {len(layers)}")
         self._frozen_layers = {"full": 0, "frozen": len(layers)}.get(config.tuned, len(layers) - config.layers)
@@ -247,14 +248,3 @@ class TunedEncoder(nn.Module):
 def _plain(name: str) -> str:
     """Return a parameter's name as adapters have it, without what peft adds."""
     return name.replace(".lora_A.default.weight", ".lora_A").replace(".lora_B.default.weight", ".lora_B")
-
-
-def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the longest list of like modules and its name: a transformer's layers."""
-    lists: Iterator[tuple[str, nn.ModuleList]] = (
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and name
-    )
-    found = max(lists, key=lambda entry: len(entry[1]), default=None)
-    if found is None:
-        raise ConfigError("encoder.model: has no list of layers, so it cannot be tuned by layers")
-    return found
