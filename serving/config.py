@@ -26,6 +26,8 @@ class ServeConfig:
     """How often a replica looks for a new version, delta or item."""
     candidates: int = 100
     """Ranked items the policy draws a slate from; a longer slate draws from as many as it asks for."""
+    kept_users: int = 10_000
+    """Users whose candidates a replica keeps until their state or what answers is another; 0 keeps none."""
     max_k: int = 10_000
     """Longest slate a request may ask for."""
     max_batch_events: int = 1_000
@@ -86,7 +88,7 @@ class ServeConfig:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 1")
         if self.pinned_version is not None and self.pinned_version < 1:
             raise ConfigError(f"serve.pinned_version={self.pinned_version}: versions are numbered from 1")
-        for name in ("encoder_gather_ms", "encoder_cached"):
+        for name in ("encoder_gather_ms", "encoder_cached", "kept_users"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 0")
         for name in ("encoder_timeout_s", "interests_timeout_s", "key_rate_per_s", "key_burst_s"):

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cluster.log import EventLog, Interaction
+from cluster.log import EventLog, Interaction, UserState
 from embeddings.text_encoder import EncoderConfig
 from serving.experiments import ARMS
 from serving.interests import Stated
+from serving.kept import Basis, KeptCandidates
 from serving.refresh import Residents
+from training.models.interests import Interests
 from training.models.resident import Candidates, Resident
 from training.policies import PolicyConfig, Slate, build_policy
 
@@ -46,6 +48,12 @@ class Query:
     only: tuple[str, ...] | None = None
     """The caller's candidates, each once; none means the catalogue, less what the user has unless the version
     repeats."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether everyone's request is like it: nothing but the user decides which candidates there are."""
+        narrowed = self.categories or self.domain is not None or self.only is not None
+        return not (narrowed or self.exclude or self.boost or self.stated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +86,20 @@ class Recommender:
     """Answers queries from the log's user state and the resident models."""
 
     def __init__(
-        self, log: EventLog, residents: Callable[[], Residents], policy: PolicyConfig, *, seed: int, candidates: int
+        self,
+        log: EventLog,
+        residents: Callable[[], Residents],
+        policy: PolicyConfig,
+        *,
+        seed: int,
+        candidates: int,
+        kept_users: int = 0,
     ) -> None:
         self._log = log
         self._residents = residents
         self._policy = build_policy(policy, seed)
         self._candidates = candidates
+        self._kept = KeptCandidates(kept_users)
 
     def recommend(self, query: Query) -> Recommendation:
         """Return up to k items that the user lacks, unless the version repeats; a stranger gets what suits one."""
@@ -94,28 +110,20 @@ class Recommender:
         # The head is read before the state, so the state holds at least what is claimed of it.
         head_seq = self._log.head_seq() if query.min_seq is not None and arm.sees_live_state else 0
         bound = None if arm.sees_live_state else FIRST_LIVE_SEQ
-        state = self._log.user_state(query.user_id, model.max_history, before_seq=bound)
-
-        history, stated = state.history, query.stated and _usable(model, query.stated)
-        interests = stated.interests if stated is not None else None
+        stated = query.stated and _usable(model, query.stated)
         unranked: list[tuple[str, str]] = []
-        if query.only is not None:
-            unranked = leave_out(model, query, residents.unavailable)
-            kept = set(query.only).difference(item_id for item_id, _ in unranked)
-            candidates = model.rank(
-                query.user_id, history, [item_id for item_id in query.only if item_id in kept], interests
-            )
-        else:
-            exclude = query.exclude | residents.unavailable
-            if not model.repeats:
-                exclude |= self._log.seen_items(query.user_id)  # all that the user has, whatever the arm
-            within_I = find_within(model, query, residents)
-            wanted = max(query.k, self._candidates)
-            candidates = model.recommend(query.user_id, history, wanted, exclude, interests, within_I)
-            if query.boost:
-                candidates = _with_boosted(model, query, history, candidates, exclude, within_I)
-        if interests is not None:
-            candidates = model.bury(candidates, interests)
+        basis = candidates = None
+        state = UserState(history=(), seq=0)
+        if query.is_plain and query.k <= self._candidates and arm.sees_live_state:
+            state = self._log.user_state(query.user_id, 0)
+            basis = Basis(residents, state.seq, state.fallback)
+            candidates = self._kept.find(query.user_id, query.arm, basis)
+        if candidates is None:
+            state = self._log.user_state(query.user_id, model.max_history, before_seq=bound)
+            interests = stated.interests if stated is not None else None
+            candidates, unranked = self._find(query, model, residents, state.history, interests)
+            if basis is not None:
+                self._kept.keep(query.user_id, query.arm, basis, candidates)
         if query.boost or query.bury:
             candidates = _apply_rules(candidates, query)
         slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
@@ -135,6 +143,32 @@ class Recommender:
             unranked=tuple(unranked),
             uses_history=query.stated is None or any(model.knows(entry.item_id) for entry in state.history),
         )
+
+    def _find(
+        self,
+        query: Query,
+        model: Resident,
+        residents: Residents,
+        history: Sequence[Interaction],
+        interests: Interests | None,
+    ) -> tuple[Candidates, list[tuple[str, str]]]:
+        """Return the candidates, best first, and those of the caller's that are none, each with the reason."""
+        unranked: list[tuple[str, str]] = []
+        if query.only is not None:
+            unranked = leave_out(model, query, residents.unavailable)
+            left = {item_id for item_id, _ in unranked}
+            ranked = [item_id for item_id in query.only if item_id not in left]
+            candidates = model.rank(query.user_id, history, ranked, interests)
+        else:
+            exclude = query.exclude | residents.unavailable
+            if not model.repeats:
+                exclude |= self._log.seen_items(query.user_id)  # all that the user has, whatever the arm
+            within_I = find_within(model, query, residents)
+            wanted = max(query.k, self._candidates)
+            candidates = model.recommend(query.user_id, history, wanted, exclude, interests, within_I)
+            if query.boost:
+                candidates = _with_boosted(model, query, history, candidates, exclude, within_I)
+        return (candidates if interests is None else model.bury(candidates, interests)), unranked
 
 
 def find_within(model: Resident, query: Query, residents: Residents) -> npt.NDArray[np.bool_] | None:

@@ -40,9 +40,9 @@ WARM_UP_ITEMS = 5
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Residents:
-    """Everything in memory that answers requests; replaced as a whole, never changed."""
+    """Everything in memory that answers requests; replaced as a whole where anything of it is another, never changed."""
 
     live: Resident
     """The promoted version, as far as it holds."""
@@ -180,14 +180,15 @@ class Refresher:
 
     def _follow_items(self) -> None:
         self._catalogue.poll()
-        before = replace(self.residents, unavailable=self._catalogue.unavailable(_now_us()), tags=self._catalogue.tags)
-        self._residents = before  # also where the encoder does not answer
-        self._residents = replace(
-            before,
-            live=self._catalogue.lay_over(before.live),
-            pinned=before.pinned and self._catalogue.lay_over(before.pinned),
-            canary=before.canary and self._catalogue.lay_over(before.canary),
-        )
+        before = self.residents
+        unavailable, tags = self._catalogue.unavailable(_now_us()), self._catalogue.tags
+        if unavailable != before.unavailable or tags is not before.tags:
+            before = self._residents = replace(before, unavailable=unavailable, tags=tags)  # also without the encoder
+        models = (before.live, before.pinned, before.canary)
+        live, pinned, canary = (model and self._catalogue.lay_over(model) for model in models)
+        assert live is not None, "only the other two may be missing"
+        if live is not before.live or pinned is not before.pinned or canary is not before.canary:
+            self._residents = replace(before, live=live, pinned=pinned, canary=canary)
 
     def _follow_pointer(self) -> None:
         """Serve the promoted version, or as much of its chain as holds; raises `CorruptVersionError` for the rest."""

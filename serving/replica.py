@@ -91,19 +91,20 @@ class Replica:
         catalogue = LiveCatalogue(self._log, encoder.encode)
         interval_s = config.poll_interval_ms / 1e3
         self.refresher = Refresher(registry, self._log, catalogue, metrics, poll_interval_s=interval_s)
-        recommender = Recommender(
+        self.recommender = Recommender(
             self._log,
             lambda: self.refresher.residents,
             settings.policy,
             seed=config.seed + rank,
             candidates=config.candidates,
+            kept_users=config.kept_users,
         )
         self._gateway = Gateway(
             config,
             registry=registry,
             log=self._log,
             refresher=self.refresher,
-            recommender=recommender,
+            recommender=self.recommender,
             encoder=encoder,
             encoder_config=settings.encoder,
             keys=KeyRing(KeyFile(settings.keys), required=settings.keys_required),

@@ -41,7 +41,10 @@ class UserStates(Protocol):
     """Whoever answers what a user did; every method may be called from any thread."""
 
     def user_state(self, user_id: str, max_history: int, before_seq: int | None = None) -> UserState:
-        """Return the user's last interactions and newest event, as they were before `before_seq` if that is given."""
+        """Return the user's last interactions and newest event, as they were before `before_seq` if that is given.
+
+        With a `max_history` of 0, that is the newest event alone, at a fraction of the cost.
+        """
         ...
 
     def seen_items(self, user_id: str, before_seq: int | None = None) -> frozenset[str]:
@@ -83,6 +86,8 @@ class FileStates:
 
     def history(self, user_id: str, max_history: int, before_seq: int | None = None) -> list[Interaction]:
         """Return the user's last interactions, oldest first."""
+        if max_history == 0:
+            return []
         rows = self._rows(RECENT, (user_id, _bound(before_seq), max_history))
         return [Interaction(*row) for row in reversed(rows)]
 
