@@ -13,11 +13,11 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Recipe
@@ -28,6 +28,7 @@ from cluster.haproxy import STATS_PORT, count_replicas
 from cluster.heap import settle_heap
 from cluster.home import Home
 from cluster.ray_session import serve_http
+from serving.config import ServeConfig
 from serving.encoder import Encoder, RemoteEncoder
 from serving.past import seed_history
 from serving.problems import RETRY_AFTER_S
@@ -39,6 +40,12 @@ if TYPE_CHECKING:
 APP_NAME = "recloop"
 READY_PATIENCE_S = 60.0
 READY_POLL_S = 0.05
+METRICS_INTERVAL_S = 2.0
+"""How often copies tell how many requests they have under way, at most."""
+LOOK_BACK_S = 10.0
+"""Over how long these are averaged, at most."""
+ENCODER_TARGET = 32.0
+"""Requests that a copy of the encoder should have under way: it reads those that wait together."""
 
 
 @serve.deployment(name="Ingress", max_constructor_retry_count=1)
@@ -89,7 +96,7 @@ def running_app(
     seed_history(open_registry(recipe, home), home, dataset)
     serve_http(host, port, shared=shared)
     try:
-        _deploy(_build_app(settings))
+        _deploy(build_application(settings))
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         _wait_until_ready(url, shared=shared)
         yield url
@@ -97,16 +104,36 @@ def running_app(
         serve.delete(APP_NAME)
 
 
-def _build_app(settings: ReplicaSettings) -> "Application":
+def build_application(settings: ReplicaSettings) -> "Application":
+    """Return what Serve runs: the ingress with the encoder beside it, each in as many copies as the settings say."""
     config = settings.serve
     ingress = Ingress.options(
-        num_replicas=config.replicas,
+        **_copies(config, config.replicas, config.max_replicas, config.target_ongoing_requests),
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         logging_config={"enable_access_log": False},
     )
-    return ingress.bind(settings, Encoder.bind(settings.cache, config, settings.registry_uri))
+    encoder = Encoder.options(**_copies(config, config.encoder_replicas, config.encoder_max_replicas, ENCODER_TARGET))
+    return ingress.bind(settings, encoder.bind(settings.cache, config, settings.registry_uri))
+
+
+def _copies(
+    config: ServeConfig, fewest: int, most: int | None, target: float
+) -> dict[str, Any]:  # Any: Serve's options
+    if most is None or most == fewest:
+        return {"num_replicas": fewest}
+    scaling = AutoscalingConfig(
+        min_replicas=fewest,
+        initial_replicas=fewest,
+        max_replicas=most,
+        target_ongoing_requests=target,
+        upscale_delay_s=config.upscale_delay_s,
+        downscale_delay_s=config.downscale_delay_s,
+        metrics_interval_s=min(METRICS_INTERVAL_S, config.upscale_delay_s),
+        look_back_period_s=min(LOOK_BACK_S, 2 * config.upscale_delay_s),
+    )
+    return {"num_replicas": None, "autoscaling_config": scaling}
 
 
 def _deploy(app: "Application") -> None:

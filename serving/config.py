@@ -15,7 +15,16 @@ class ServeConfig:
     """How the app answers, and how much it takes on."""
 
     replicas: int = 1
-    """Copies of the ingress, each with the model in its own memory."""
+    """Copies of the ingress, each with the model in its own memory; where there may be more, the fewest."""
+    max_replicas: int | None = None
+    """Most copies: Ray adds some while more requests are under way in each than it should, and takes them back; none is
+    as many as `replicas`, always."""
+    target_ongoing_requests: float = 8.0
+    """Requests that a copy should have under way; more on average call for another copy."""
+    upscale_delay_s: float = 5.0
+    """How long there must be too many before copies are added."""
+    downscale_delay_s: float = 120.0
+    """How long there must be too few before copies are taken back."""
     standby: bool = True
     """Whether `recloop serve` keeps one more copy outside a private Ray, which answers while Ray starts or is gone."""
     arms: tuple[str, ...] = ("live",)
@@ -38,12 +47,15 @@ class ServeConfig:
     """Requests a replica works on at a time."""
     max_queued_requests: int = 256
     """Requests that wait for a replica; further ones are answered 429 with Retry-After."""
+    max_wait_ms: float = 50.0
+    """A replica answers 429 to requests for slates that would wait longer than so for those before them."""
     threads: int = 2
     """Threads of a replica that read state and run the model."""
     torch_threads: int = 1
     """Threads each of those gives one tensor operation."""
     key_rate_per_s: float = 1_000.0
-    """Requests a second that an API key may make which has no rate of its own; further ones are answered 429."""
+    """Requests a second that an API key may make which has no rate of its own; further ones are answered 429. Each copy
+    of the ingress grants its share of it, by the fewest copies there are: while there are more, a key may make more."""
     key_burst_s: float = 2.0
     """How many seconds' worth of them may come at once."""
     seed: int = 0
@@ -52,6 +64,10 @@ class ServeConfig:
     """Most texts in one request for vectors."""
     max_text_chars: int = 200_000
     """Longest text, or list of token ids, in such a request; of what is taken, the model reads its first tokens."""
+    encoder_replicas: int = 1
+    """Copies of the text encoder; where there may be more, the fewest."""
+    encoder_max_replicas: int | None = None
+    """Most copies of it, which Ray adds and takes back as it does those of the ingress; none is `encoder_replicas`."""
     encoder_timeout_s: float = 60.0
     """How long new items, 64 at a time, or a request for vectors wait for the text encoder."""
     interests_timeout_s: float = 1.0
@@ -83,6 +99,7 @@ class ServeConfig:
             "max_queued_requests",
             "threads",
             "torch_threads",
+            "encoder_replicas",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 1")
@@ -91,6 +108,23 @@ class ServeConfig:
         for name in ("encoder_gather_ms", "encoder_cached", "kept_users"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be at least 0")
-        for name in ("encoder_timeout_s", "interests_timeout_s", "key_rate_per_s", "key_burst_s"):
+        for name in (
+            "encoder_timeout_s",
+            "interests_timeout_s",
+            "key_rate_per_s",
+            "key_burst_s",
+            "max_wait_ms",
+            "target_ongoing_requests",
+            "upscale_delay_s",
+            "downscale_delay_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"serve.{name}={getattr(self, name)}: must be above 0")
+        for most, fewest in (("max_replicas", "replicas"), ("encoder_max_replicas", "encoder_replicas")):
+            if (given := getattr(self, most)) is not None and given < getattr(self, fewest):
+                raise ConfigError(f"serve.{most}={given}: must be at least serve.{fewest}={getattr(self, fewest)}")
+
+    @property
+    def most_replicas(self) -> int:
+        """How many copies of the ingress there may be."""
+        return self.max_replicas or self.replicas

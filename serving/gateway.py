@@ -6,16 +6,17 @@ run in two small pools, so that a slow new item does not hold up recommendations
 """
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
+import pydantic_core
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from cluster.canary import Canary
@@ -28,6 +29,7 @@ from cluster.registry import Registry
 from embeddings.text_encoder import EncoderConfig
 from serving import recommender, schemas
 from serving.access import AccessControl
+from serving.admission import Admission
 from serving.batching import Embedder
 from serving.bodies import read_body, split_entries
 from serving.config import ServeConfig
@@ -50,6 +52,14 @@ HISTORY_SHOWN = 20
 """Newest moves of the pointer that `GET /v1/versions` lists."""
 STATE_LOOK_S = 0.01
 """Least time between two looks whether requests see an event that was taken in."""
+
+
+class PlainRoute(APIRoute):
+    """A route whose answer takes the request alone: described as others are, without FastAPI's work on parameters."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the answer itself."""
+        return self.endpoint
 
 
 class Gateway:
@@ -91,14 +101,17 @@ class Gateway:
         api = FastAPI(title="recloop", description="A recommender that learns while it serves.", redoc_url=None)
         add_problem_handlers(api)
         rates = {"rate_per_s": self._config.key_rate_per_s, "burst_s": self._config.key_burst_s}
+        api.add_middleware(Admission, max_wait_s=self._config.max_wait_ms / 1e3)
         api.add_middleware(AccessControl, keys=self._keys, replicas=self._config.replicas, **rates)
         api.add_middleware(RequestTimer, metrics=self._metrics)
 
         def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
+            route_class = PlainRoute if body else APIRoute  # who takes a body reads it from the request
             described = ({200: {"model": model}} if model else {}) | schemas.describe_problems(path, model)
             content = {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
             extra = content if body else None
-            api.add_api_route(path, answer, methods=[method], responses=described, openapi_extra=extra)
+            about: Json = {"responses": described, "openapi_extra": extra, "route_class_override": route_class}
+            api.router.add_api_route(path, answer, methods=[method], **about)
 
         recommend_body = schemas.RecommendRequest.model_json_schema()
         embeddings_body = schemas.EmbeddingsRequest.model_json_schema()
@@ -371,4 +384,4 @@ def _describe_receipt(receipt: Receipt) -> Json:
 
 
 def _json(value: Json, status: int = HTTPStatus.OK) -> Response:
-    return Response(json.dumps(value), status, media_type="application/json")
+    return Response(pydantic_core.to_json(value), status, media_type="application/json")

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Residents:
-    """Everything in memory that answers requests; replaced as a whole where anything of it is another, never changed."""
+    """Everything in memory that answers requests; replaced as a whole where any of it is another, never changed."""
 
     live: Resident
     """The promoted version, as far as it holds."""

@@ -56,7 +56,7 @@ class Standby:
         self._fallback_port = fallback_port
         self._stats_port = stats_port
         self._busy_poll_s = settings.serve.poll_interval_ms / 1e3
-        self._replica = Replica(settings, encoder, rank=settings.serve.replicas)
+        self._replica = Replica(settings, encoder, rank=settings.serve.most_replicas)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="standby", daemon=True)
         self._public: _Endpoint | None = None

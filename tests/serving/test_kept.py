@@ -87,7 +87,13 @@ def test_another_version_or_availability_has_candidates_found_anew(asked):
 
 @pytest.mark.parametrize(
     "narrowed",
-    [{"exclude": frozenset(["i9"])}, {"boost": frozenset(["i9"])}, {"categories": ("even",)}, {"k": 21}, {"arm": "frozen"}],
+    [
+        {"exclude": frozenset(["i9"])},
+        {"boost": frozenset(["i9"])},
+        {"categories": ("even",)},
+        {"k": 21},
+        {"arm": "frozen"},
+    ],
 )
 def test_a_request_that_is_not_like_everyone_s_neither_takes_nor_leaves_candidates(asked, narrowed):
     whole = asked.slate(**narrowed)
