@@ -3,7 +3,8 @@
 In:  the command line.  Out: an address on stdout; then a server.
 Knows nothing of how requests are answered or how the trainer learns, which it starts by import string.
 
-With a private Ray the command is two processes: the standby, which answers from its own replica while Ray does not, and
+With `--local` the command answers by itself, without Ray, and learns in a process of its own. Otherwise, with a private
+Ray, it is two processes: the standby, which answers from its own replica while Ray does not, and
 below it the same command again, which runs Ray and is started anew whenever Ray is lost.
 """
 
@@ -62,6 +63,7 @@ LOST_EXIT_CODE = os.EX_TEMPFAIL
 END_PATIENCE_S = 40.0
 """How long Ray may take to end in order."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
+LOCAL_TRAINER = ("training.online.process", "running_process")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
             f"recloop: {version} is served as far as it is whole, and learned again from there: {damage}",
             file=sys.stderr,
         )
-    if config.standby and recipe.section(EngineConfig).ray_address == "local":
+    if args.local:
+        _run_locally(args, recipe)
+    elif config.standby and recipe.section(EngineConfig).ray_address == "local":
         _run_with_standby(args, recipe)
     else:
         _run_on_ray(args, recipe)
@@ -100,6 +104,25 @@ def assert_reachable_by_keys_only(host: str, home: Home) -> None:
             f"--host {host}: others can reach it, and there are no keys: make one with `recloop keys add NAME`;"
             " --without-keys serves anyone"
         )
+
+
+def _run_locally(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Answer from this process, and have another one learn."""
+    from serving.local import running_locally
+
+    dataset = load_dataset(args.data) if args.data else None
+    with (
+        raise_on_sigterm(),
+        running_locally(recipe, args.home, args.host, args.port, dataset, keys_required=args.keys_required) as url,
+        _imported(LOCAL_TRAINER)(recipe, args.home),
+    ):
+        _say_where(args, recipe, url)
+        threading.Event().wait()
+
+
+def _say_where(args: argparse.Namespace, recipe: Recipe, url: str) -> None:
+    version = open_registry(recipe, args.home).current()
+    print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
 
 
 def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -191,10 +214,9 @@ def _run_on_ray(args: argparse.Namespace, recipe: Recipe) -> None:
         running_app(
             recipe, args.home, args.host, args.port, dataset, shared=behind, keys_required=args.keys_required
         ) as url,
-        _online_trainer()(recipe, args.home) as trainer,
+        _imported(ONLINE_TRAINER)(recipe, args.home) as trainer,
     ):
-        version = open_registry(recipe, args.home).current()
-        print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
+        _say_where(args, recipe, url)
         _watch(trainer)
 
 
@@ -235,6 +257,7 @@ def _look_after(trainer: "ActorHandle[Any]") -> None:  # Any: as above
         print(f"recloop: online training does not answer, the weights stand still: {status}", file=sys.stderr)
 
 
-def _online_trainer() -> "Callable[[Recipe, Home], AbstractContextManager[ActorHandle[Any] | None]]":
-    module, function = ONLINE_TRAINER
+def _imported(target: tuple[str, str]) -> Callable[[Recipe, Home], AbstractContextManager[Any]]:
+    """Return what learns while a block lasts, of a layer that serving may not name."""
+    module, function = target
     return getattr(importlib.import_module(module), function)

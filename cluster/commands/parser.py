@@ -242,8 +242,11 @@ def _publish(commands: Commands) -> _Parser:
 
 def _serve(commands: Commands) -> _Parser:
     summary = "serve the promoted version over HTTP until Ctrl-C, learning from feedback"
-    parser = _command(commands, "serve", "serving.command:run", summary, "", "--port 9000", "--data data/shop")
+    parser = _command(
+        commands, "serve", "serving.command:run", summary, "", "--port 9000", "--data data/shop", "--local"
+    )
     _add_address_flags(parser)
+    parser.add_argument("--local", action="store_true", help="without Ray: one process answers, one learns")
     parser.add_argument("--data", metavar="DIR", help="also know what users did in this dataset after training's share")
     parser.add_argument(
         "--without-keys", action="store_true", help="answer anyone, be it on an address that others reach"

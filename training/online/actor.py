@@ -18,6 +18,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import ray
@@ -33,7 +35,7 @@ from cluster.home import Home
 from cluster.log.retention import LogConfig
 from embeddings.tables import device_type
 from training.interface import name_interface
-from training.online.adapter import AdapterConfig, AdapterTrainer, Proposal
+from training.online.adapter import AdapterConfig, Proposal, end_with_parent, propose_into
 from training.online.canary import CanaryConfig, CanaryWatch
 from training.online.idle import Idle
 from training.online.learner import CONSUMER, OnlineConfig, OnlineLearner
@@ -194,11 +196,10 @@ class AdapterSchedule:
 
     def __init__(self, recipe: Recipe, home: Home) -> None:
         self._recipe, self._home, self._config = recipe, home, recipe.section(AdapterConfig)
-        self._asked: ray.ObjectRef[str | None] | None = None
+        self._asked: Future[str | None] | None = None
         self._folder = home.path / "adapters"
         self._last_s, self._last_events = time.monotonic(), -1
         self._encode_at_once, self._encode_from_s = ENCODE_AT_ONCE, 0.0
-        self._actor: Any = None  # Any: Ray's types do not say what a decorated class offers
 
     def look(self, learner: OnlineLearner) -> None:
         """Ask for a proposal where one is due; adopt the one that has come. What goes wrong there is logged alone."""
@@ -208,9 +209,9 @@ class AdapterSchedule:
             self._take(learner)
         elif self._config.is_due(time.monotonic() - self._last_s, learner.events_total - self._last_events):
             self._last_s, self._last_events = time.monotonic(), learner.events_total
-            self._actor = ray.remote(AdapterTrainer).options(num_cpus=0).remote(self._recipe.to_toml(), self._home)
-            folder = self._folder / f"{time.time_ns()}"
-            self._asked, self._folder_asked = self._actor.propose.remote(str(folder)), folder
+            self._folder_asked = self._folder / f"{time.time_ns()}"
+            self._process = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
+            self._asked = self._process.submit(propose_into, self._folder_asked, self._recipe.to_toml(), self._home)
         if time.monotonic() >= self._encode_from_s:
             self._encode_bridged(learner)
 
@@ -224,19 +225,20 @@ class AdapterSchedule:
 
     def _take(self, learner: OnlineLearner) -> None:
         assert self._asked is not None
-        if not ray.wait([self._asked], timeout=0)[0]:
+        if not self._asked.done():
             return
         asked, self._asked = self._asked, None
         try:
-            refused = ray.get(asked)
-            if refused:
+            if (error := asked.exception()) is not None:
+                logger.error("no encoder is proposed: %r", error)
+            elif refused := asked.result():
                 logger.info("the encoder stays: %s", refused)
             else:
                 learner.adopt(Proposal.load(self._folder_asked))
-        except (RayError, RecloopError, OSError) as error:
-            logger.error("no encoder is proposed: %s", error)
+        except (RecloopError, OSError) as error:
+            logger.error("the encoder that is proposed is not adopted: %s", error)
         finally:
-            ray.kill(self._actor)  # with the memory that it took
+            self._process.shutdown(wait=False)  # with the memory that it took
             shutil.rmtree(self._folder_asked, ignore_errors=True)
 
 

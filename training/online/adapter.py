@@ -13,7 +13,9 @@ Whatever is learned online meanwhile is not touched: the learner lays the propos
 # (pyarrow.compute makes its functions at import, out of pyright's sight.)
 
 import json
+import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -295,21 +297,27 @@ def read_bridged(registry: Registry, ref: VersionRef) -> list[int]:
     return [row for row in reader.tensors(BRIDGED)["row"].tolist() if row not in told]
 
 
-class AdapterTrainer:
-    """The process that proposes: a Ray actor, asked by the online trainer when it is time."""
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does; it stands back behind requests and learning."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is what a child process runs first"
 
-    def __init__(self, recipe_toml: str, home: Home) -> None:
-        os.nice(NICENESS)
-        torch.set_num_threads(1)
-        self._recipe, self._home = Recipe.from_toml(recipe_toml), home
-        self._registry = open_registry(self._recipe, home)
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
 
-    def propose(self, folder: str) -> str | None:
-        """Write a proposal into a new folder; return why it is refused, if it is."""
-        log = open_log(self._recipe.section(EngineConfig), self._recipe.section(LogConfig), self._home.log)
-        try:
-            proposal = propose(self._registry, log, self._recipe, self._home.cache)
-        finally:
-            log.close()
-        proposal.save(Path(folder))
-        return proposal.refused
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def propose_into(folder: Path, recipe_toml: str, home: Home) -> str | None:
+    """Write a proposal into a new folder; return why it is refused, if it is."""
+    recipe = Recipe.from_toml(recipe_toml)
+    log = open_log(recipe.section(EngineConfig), recipe.section(LogConfig), home.log)
+    try:
+        proposal = propose(open_registry(recipe, home), log, recipe, home.cache)
+    finally:
+        log.close()
+    proposal.save(folder)
+    return proposal.refused
