@@ -51,6 +51,11 @@ class Answered:
         due_s, took_s, found = np.array(self.due_s), np.array(self.took_s), np.array(self.status)
         return 1e3 * took_s[(found == status) & (due_s >= after_s) & (due_s < before_s)]
 
+    def refused(self, after_s: float = 0.0, before_s: float = float("inf")) -> int:
+        """Return how many requests that were due in a time were not answered 200."""
+        due_s, found = np.array(self.due_s), np.array(self.status)
+        return int(((found != 200) & (due_s >= after_s) & (due_s < before_s)).sum())
+
     def p(self, percent: float, **which: float) -> float:
         """Return a percentile of how long, in milliseconds; infinite where there is none."""
         ms = self.ms(200, **which)

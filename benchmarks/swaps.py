@@ -69,7 +69,7 @@ def main() -> None:
             shutil.copytree(args.home / name, Path(scratch) / name)
         home = Home(Path(scratch)).ensure()
         registry = Registry(home.registry)
-        refs = _publish_relatives(registry)
+        refs = publish_relatives(registry)
         engine = recipe.section(EngineConfig)
         with (
             ray_session(engine.ray_address, logical_cpus=engine.logical_cpus, verbose=False),
@@ -140,7 +140,7 @@ def _compare(generate: Generate, registry: Registry, refs: list[VersionRef], swa
     return Compared(interleave({"swapping": swapping, "steady": steady}, repeats, warm_ups=0), loads)
 
 
-def _publish_relatives(registry: Registry) -> list[VersionRef]:
+def publish_relatives(registry: Registry) -> list[VersionRef]:
     """Publish the version twice more with other weights, as training again on the same catalogue would."""
     first = registry.current()
     state, history = read_version(registry, first, with_optimizer=True), registry.open_version(1).table("history")
