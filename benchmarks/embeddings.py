@@ -303,7 +303,7 @@ def _serve_alone(home: Home, port: int) -> None:
     from serving.standby import Standby
 
     recipe = load_recipe("popularity")
-    seed_history(open_registry(recipe, home), home)
+    seed_history(open_registry(recipe, home), home.log)
     ports = {"stats_port": find_free_port(), "fallback_port": find_free_port()}
     with Standby(resolve_settings(recipe, home), HOST, port, **ports):
         signal.pause()

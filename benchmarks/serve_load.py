@@ -20,6 +20,7 @@ import contextlib
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,7 @@ def find_rate(target: Target, rate: float, seconds: float) -> float:
     held, steps = 0.0, list(STEPS)
     while True:
         found = offer(target, [(rate, seconds)])
+        print(f"{target.url} {rate:.0f}/s: {found.statuses()} p99 {found.p(99):.1f} ms", file=sys.stderr)
         if found.share(200) == 1.0 and found.p(99) <= P99_MS:
             held, rate = rate, rate * steps[0]
         elif not held and rate > FIRST_RATE / 10:

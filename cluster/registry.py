@@ -87,6 +87,19 @@ class Registry:
         """Return every move of the pointer, oldest first."""
         return self._pointer.history()
 
+    def previous(self) -> VersionRef:
+        """Return the newest promoted version before the current one, skipping this version's own deltas.
+
+        Raises `RegistryError` where there is none.
+        """
+        current = self.current()
+        for move in reversed(self.history()):
+            if move.ref.version != current.version:
+                return move.ref
+        if current.delta:
+            return VersionRef(current.version)
+        raise RegistryError(f"{current} is the first that was promoted; there is none before it to roll back to")
+
     def canary(self) -> Canary | None:
         """Return the running trial, if any; raises `CorruptVersionError` where what is stated of it does not hold."""
         return self._canary.current()

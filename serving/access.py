@@ -16,17 +16,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.keys import Key, KeyRing
+from serving.pages import FILES, FOLDER
 from serving.problems import openai_response, problem_response
 from serving.schemas import OPENAI
 
-OPEN = frozenset(("/healthz", "/readyz"))
-"""Paths for whoever looks after the process."""
+PAGES = frozenset(("/", *(FOLDER + name for name in FILES[1:])))
+"""Paths of the dashboard, which holds no data: what it shows it asks for, with a key."""
+OPEN = frozenset(("/healthz", "/readyz")) | PAGES
+"""Paths for whoever looks after the process, and of the page."""
 READS = frozenset(("/v1/recommend", "/v1/rank", "/v1/embeddings"))
 """Paths of questions that are asked with POST."""
-ADMIN = frozenset(("/metrics", "/v1/versions"))
-"""Paths that tell of the system, not of items."""
-PERSONAL = "/v1/users/"
-"""Begins the paths that tell what somebody did."""
+ADMIN = frozenset(("/metrics", "/v1/versions", "/v1/versions/promote", "/v1/versions/rollback", "/v1/stats"))
+"""Paths that tell of the system or change it, not of items."""
+PERSONAL = ("/v1/users", "/v1/explain")
+"""Begin the paths that tell what somebody did."""
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 

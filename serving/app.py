@@ -9,10 +9,12 @@ Weights are never passed through Serve: replicas pull them (refresh.py), because
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -20,14 +22,15 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import Recipe
+from cluster.config import Recipe, load_recipe
 from cluster.dataset import Dataset
 from cluster.engine import open_registry
 from cluster.errors import EngineError
 from cluster.haproxy import STATS_PORT, count_replicas
 from cluster.heap import settle_heap
-from cluster.home import Home
+from cluster.home import Home, find_home
 from cluster.ray_session import serve_http
+from cluster.registry import Registry
 from serving.config import ServeConfig
 from serving.encoder import Encoder, RemoteEncoder
 from serving.past import seed_history
@@ -56,9 +59,14 @@ class Ingress:
     async def __init__(self, settings: ReplicaSettings, encoder: DeploymentHandle) -> None:
         loop = asyncio.get_running_loop()
         remote = RemoteEncoder(encoder, loop, settings.serve.encoder_timeout_s)
-        self._replica = Replica(settings, remote, rank=serve.get_replica_context().rank.rank)
         # Off the loop, which the encoder's answers arrive on. A replica is in rotation only once this has returned.
-        await loop.run_in_executor(None, self._replica.load)
+        await loop.run_in_executor(None, self._load, settings, remote, serve.get_replica_context().rank.rank)
+
+    def _load(self, settings: ReplicaSettings, encoder: RemoteEncoder, rank: int) -> None:
+        """Have this node's log hold what users did before it, and all that has been logged, then the version."""
+        seed_history(Registry(settings.registry_uri), settings.log_path)
+        self._replica = Replica(settings, encoder, rank=rank)
+        self._replica.load()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the ASGI app; Serve asks for it once the constructor has returned."""
@@ -93,7 +101,7 @@ def running_app(
     """
     settings = resolve_settings(recipe, home, keys_required=keys_required)
     home.ensure()
-    seed_history(open_registry(recipe, home), home, dataset)
+    seed_history(open_registry(recipe, home), home.log, dataset)
     serve_http(host, port, shared=shared)
     try:
         _deploy(build_application(settings))
@@ -102,6 +110,19 @@ def running_app(
         yield url
     finally:
         serve.delete(APP_NAME)
+
+
+def build_app(args: Mapping[str, str]) -> "Application":
+    """Return what a cluster runs by import string, such as a KubeRay RayService or `serve run`.
+
+    `recipe` is a packaged one's name or a file, `home` a folder that each node has for itself, `keys` the file of API
+    keys where it lies elsewhere; without `keys`, `without_keys="true"` says that everybody is to be answered.
+
+    Raises `ConfigError`, `NoVersionError` or `CorruptVersionError`.
+    """
+    recipe, home = load_recipe(args["recipe"]), find_home(args.get("home")).ensure()
+    settings = resolve_settings(recipe, home, keys_required=args.get("without_keys") != "true")
+    return build_application(dataclasses.replace(settings, keys=Path(args.get("keys", settings.keys))))
 
 
 def build_application(settings: ReplicaSettings) -> "Application":

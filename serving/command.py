@@ -132,7 +132,9 @@ def _run_with_standby(args: argparse.Namespace, recipe: Recipe) -> None:
     from serving.standby import Standby
 
     settings = resolve_settings(recipe, args.home, keys_required=args.keys_required)
-    seed_history(open_registry(recipe, args.home), args.home.ensure(), load_dataset(args.data) if args.data else None)
+    seed_history(
+        open_registry(recipe, args.home), args.home.ensure().log, load_dataset(args.data) if args.data else None
+    )
     stats_port, fallback_port = find_free_port(args.host), find_free_port(args.host)
     with (
         raise_on_sigterm(),

@@ -63,7 +63,7 @@ class Fallbacks:
                     propensities=[1.0] * len(kept),
                 )
                 texts = [last.texts[place] for place in kept]
-                return replace(last, request_id=uuid.uuid4().hex, slate=slate, texts=texts), "cached"
+                return replace(last, request_id=f"{query.arm}-{uuid.uuid4().hex}", slate=slate, texts=texts), "cached"
         return _popular(query, residents), "popular"
 
 
@@ -79,7 +79,7 @@ def _popular(query: Query, residents: Residents) -> Recommendation:
         found = model.recommend("", (), query.k, barred, None, within_I)
     slate = Slate(item_ids=found.item_ids, scores=found.scores.tolist(), propensities=[1.0] * len(found.item_ids))
     return Recommendation(
-        request_id=uuid.uuid4().hex,
+        request_id=f"{query.arm}-{uuid.uuid4().hex}",
         version=model.name,
         learned_seq=model.learned_seq,
         state_seq=0,

@@ -40,6 +40,8 @@ from serving.feedback import Intake, Receipt, parse_all
 from serving.freshness import time_state
 from serving.interests import InterestReader, Stated
 from serving.metrics import Metrics, RequestTimer
+from serving.operations import Operations
+from serving.pages import build_pages
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import add_problem_handlers, problem_response, refuse_field
 from serving.refresh import Refresher
@@ -90,6 +92,7 @@ class Gateway:
             config, encoder, encoder_config, lambda: refresher.residents.live.state.text_dim
         )
         self._keys = keys
+        self._operations = Operations(config, registry, log, refresher, metrics)
         self._fallbacks = Fallbacks()
         self._metrics = metrics
         self._next_look_s = 0.0
@@ -113,6 +116,7 @@ class Gateway:
             about: Json = {"responses": described, "openapi_extra": extra, "route_class_override": route_class}
             api.router.add_api_route(path, answer, methods=[method], **about)
 
+        delete_body = schemas.DeleteItemsRequest.model_json_schema()
         recommend_body = schemas.RecommendRequest.model_json_schema()
         embeddings_body = schemas.EmbeddingsRequest.model_json_schema()
         event_body = schemas.one_or_many(schemas.event_schema(), "events")
@@ -121,16 +125,29 @@ class Gateway:
         add("/v1/rank", self.rank, "POST", schemas.RankResponse, schemas.RankRequest.model_json_schema())
         add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
         add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
+        add("/v1/items/delete", self.delete_items, "POST", schemas.DeleteItemsResponse, delete_body)
         add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
+        add("/v1/items/{item_id:path}", self.show_item, "GET", schemas.ItemResponse, {})
+        add("/v1/items/{item_id:path}", self.delete_item, "DELETE", schemas.DeleteItemsResponse, {})
+        add("/v1/users/{user_id:path}/similar", self.list_similar_users, "GET", schemas.SimilarUsersResponse, {})
         add("/v1/users/{user_id:path}", self.show_user, "GET", schemas.UserResponse, {})
         add("/v1/embeddings", self._embeddings.embed, "POST", schemas.EmbeddingsResponse, embeddings_body)
         add("/v1/models", self._embeddings.list_models, "GET", schemas.ModelsResponse, {})
         add("/v1/models/{model:path}", self._embeddings.show_model, "GET", schemas.ModelDescription, {})
         add("/v1/versions", self.list_versions, "GET", None, {})
+        operations, promote_body = self._operations, schemas.PromoteRequest.model_json_schema()
+        explain_body, roll_back_body = (
+            model.model_json_schema() for model in (schemas.ExplainRequest, schemas.RollBackRequest)
+        )
+        add("/v1/versions/promote", operations.promote, "POST", schemas.MoveResponse, promote_body)
+        add("/v1/versions/rollback", operations.roll_back, "POST", schemas.MoveResponse, roll_back_body)
+        add("/v1/stats", operations.show_stats, "GET", schemas.StatsResponse, {})
+        add("/v1/explain", operations.explain, "POST", schemas.ExplainResponse, explain_body)
         add("/healthz", self.check_health, "GET", None, {})
         add("/readyz", self.check_readiness, "GET", None, {})
         text: dict[int | str, Json] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
         api.add_api_route("/metrics", self.show_metrics, responses=text, response_class=PlainTextResponse)
+        api.router.routes.extend(build_pages())
         return api
 
     async def recommend(self, request: Request) -> Response:
@@ -225,12 +242,57 @@ class Gateway:
         status = HTTPStatus.OK if items else HTTPStatus.UNPROCESSABLE_ENTITY
         return _json({"accepted": len(items), "rejected": [asdict(entry) for entry in rejected]}, status)
 
+    async def show_item(self, item_id: Annotated[str, Path(max_length=MAX_ID_CHARS)]) -> Response:
+        """Say what is known of an item, whose id may hold slashes."""
+        residents = self._refresher.residents
+        model = residents.live
+        if not model.knows(item_id):
+            return _unknown("item", item_id, model)
+        about: Json = {"item_id": item_id, "version": model.name, "text": model.text_of(item_id)}
+        about |= {"is_new": item_id not in model.item_row, "can_rank": model.can_rank(item_id)}
+        return _json(about | {"available": item_id not in residents.unavailable})
+
+    async def delete_item(self, item_id: Annotated[str, Path(max_length=MAX_ID_CHARS)]) -> Response:
+        """Show an item to nobody any more, in any arm; putting it again brings it back."""
+        if not self._refresher.residents.live.knows(item_id):
+            return _unknown("item", item_id, self._refresher.residents.live)
+        return await self._delete([item_id])
+
+    async def delete_items(self, request: Request) -> Response:
+        """Show items to nobody any more, in any arm; those that nobody knows are named."""
+        body = await read_body(request, self._config.max_body_bytes)
+        return await self._delete(schemas.DeleteItemsRequest.model_validate_json(body).item_ids)
+
+    async def _delete(self, item_ids: Sequence[str]) -> Response:
+        """Close the items' time of availability: what was learned of them stays, for who has them."""
+        model, now_us = self._refresher.residents.live, time.time_ns() // 1_000
+        known = [item_id for item_id in dict.fromkeys(item_ids) if model.knows(item_id)]
+        items = [
+            Item(item_id=item_id, text=model.text_of(item_id) or item_id, available_until_us=now_us)
+            for item_id in known
+        ]
+        if items:
+            await asyncio.get_running_loop().run_in_executor(self._item_pool, self._store_items, items)
+        unknown = [item_id for item_id in dict.fromkeys(item_ids) if not model.knows(item_id)]
+        return _json({"deleted": len(known), "unknown": unknown})
+
+    async def list_similar_users(
+        self, user_id: Annotated[str, Path(max_length=MAX_ID_CHARS)], k: Annotated[int, Query(ge=1, le=1_000)] = 10
+    ) -> Response:
+        """List the users that a version has learned to be most like one; its id may hold slashes."""
+        model = self._refresher.residents.live
+        if user_id not in model.user_row:
+            return _unknown("user", user_id, model)
+        found = await self._in_pool(model.similar_users, user_id, k)
+        neighbours = [{"user_id": near_id, "score": score} for near_id, score in found]
+        return _json({"user_id": user_id, "version": model.name, "users": neighbours})
+
     async def list_similar(self, item_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 10) -> Response:
         """List the items nearest to an item; its id may hold slashes."""
         residents = self._refresher.residents
         model = residents.live
         if not model.knows(item_id):
-            return problem_response(HTTPStatus.NOT_FOUND, f"item {item_id!r:.200} is unknown to version {model.name}")
+            return _unknown("item", item_id, model)
         unavailable = residents.unavailable
         found = await self._in_pool(model.similar, item_id, k + len(unavailable))
         shown = [(near_id, score) for near_id, score in found if near_id not in unavailable][:k]
@@ -328,6 +390,10 @@ class Gateway:
     async def _entries(self, request: Request, name: str) -> Sequence[object]:
         body = await read_body(request, self._config.max_body_bytes)
         return split_entries(body, name, self._config.max_batch_events)
+
+
+def _unknown(kind: str, name: str, model: Resident) -> Response:
+    return problem_response(HTTPStatus.NOT_FOUND, f"{kind} {name!r:.200} is unknown to version {model.name}")
 
 
 def _describe_recommendation(query: recommender.Query, found: recommender.Recommendation, *, with_text: bool) -> Json:

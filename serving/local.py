@@ -39,7 +39,7 @@ def running_locally(
     Raises `NoVersionError`, `CorruptVersionError`, or `EngineError` where the address cannot be listened on.
     """
     settings = resolve_settings(recipe, home, keys_required=keys_required)
-    seed_history(open_registry(recipe, home.ensure()), home, dataset)
+    seed_history(open_registry(recipe, home), home.ensure().log, dataset)
     encoders = VersionEncoders(settings.cache, settings.serve, Registry(settings.registry_uri))
     replica = Replica(settings, LocalEncoder(encoders, settings.serve.encoder_timeout_s), rank=0)
     try:

@@ -5,9 +5,11 @@ Knows nothing of how requests are answered. Labels are routes, outcomes and stat
 a version, of which there is no end.
 """
 
+import secrets
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
 FRESHNESS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
+LOOKED_AFTER = frozenset(("/healthz", "/readyz", "/metrics", "/v1/stats", "/v1/versions", "other"))
+"""Routes of whoever looks after the process: no traffic."""
 RECENT_EVENTS = 10_000
 """Newest events whose freshness is kept for exact percentiles."""
 FRESHNESS = {
@@ -27,11 +31,29 @@ FRESHNESS = {
 """Name of each histogram to what it is the time until, from an event's ack."""
 
 
+SLICE_S = 5
+"""Seconds of one slice of traffic."""
+SLICES = 120
+"""Newest slices that are kept."""
+SLICE_LATENCIES = 2_000
+"""Newest answers of a slice whose latency is kept for its percentiles."""
+
+
+class _Slice:
+    """What was answered in some seconds."""
+
+    def __init__(self) -> None:
+        self.requests = self.refused = self.failed = 0
+        self.took_s = deque[float](maxlen=SLICE_LATENCIES)
+
+
 class Metrics:
     """The counters of one replica."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._replica = secrets.token_hex(4)
+        self._slices: OrderedDict[int, _Slice] = OrderedDict()
         self._request_s = Histogram(
             "recloop_request_seconds",
             "Time from a request's arrival at the replica to its answer.",
@@ -73,6 +95,34 @@ class Metrics:
     def observe_request(self, route: str, status: int, seconds: float) -> None:
         """Count one answer."""
         self._request_s.labels(route, str(status)).observe(seconds)
+        if route in LOOKED_AFTER:
+            return
+        number = int(time.time()) // SLICE_S
+        if (counted := self._slices.get(number)) is None:
+            counted = self._slices[number] = _Slice()
+            if len(self._slices) > SLICES:
+                self._slices.popitem(last=False)
+        counted.requests += 1
+        counted.refused += status in (429, 503)
+        counted.failed += status == 500
+        counted.took_s.append(seconds)
+
+    def describe_traffic(self) -> dict[str, Any]:  # Any: JSON
+        """Return what this replica has answered lately, slice after slice, without health checks and metrics."""
+        slices = []
+        for number, counted in list(self._slices.items()):
+            p50, p99 = 1e3 * np.percentile(list(counted.took_s), [50, 99])
+            slices.append(
+                {
+                    "at_us": number * SLICE_S * 1_000_000,
+                    "requests": counted.requests,
+                    "refused": counted.refused,
+                    "failed": counted.failed,
+                    "p50_ms": float(p50),
+                    "p99_ms": float(p99),
+                }
+            )
+        return {"replica": self._replica, "seconds": SLICE_S, "slices": slices}
 
     def count_events(self, outcome: str, number: int) -> None:
         """Count events that were accepted, duplicate or rejected."""

@@ -5,12 +5,12 @@ Knows nothing of HTTP or of weights.
 """
 
 import functools
+from pathlib import Path
 
 import pyarrow as pa
 
 from cluster.dataset import Dataset
 from cluster.errors import DataError
-from cluster.home import Home
 from cluster.log import EventLog
 from cluster.manifest import VersionRef
 from cluster.registry import Registry
@@ -33,7 +33,7 @@ def count_training_events(registry: Registry, version: int) -> int:
     return registry.open_version(version).count_rows(HISTORY_TABLE)
 
 
-def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None) -> None:
+def seed_history(registry: Registry, log_path: Path, dataset: Dataset | None = None) -> None:
     """Make the log's imported past what the promoted version was trained on and, of a dataset, what came after.
 
     What is imported already stays; the past of a version that was trained on something else gives way.
@@ -43,7 +43,7 @@ def seed_history(registry: Registry, home: Home, dataset: Dataset | None = None)
     reader = registry.open_version(registry.current().version)
     source = reader.manifest.files[f"{HISTORY_TABLE}.parquet"].sha256[:SOURCE_DIGITS]
     later = _events_after(reader.table(HISTORY_TABLE), dataset) if dataset is not None else None
-    with EventLog(home.log) as log:
+    with EventLog(log_path) as log:
         if not log.is_seeded(TRAINING_SEED, source):  # reading it again at each start would take its time
             log.seed_history(TRAINING_SEED, reader.table(HISTORY_TABLE), source)
         if later is not None:

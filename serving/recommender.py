@@ -128,7 +128,7 @@ class Recommender:
             candidates = _apply_rules(candidates, query)
         slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
         return Recommendation(
-            request_id=uuid.uuid4().hex,
+            request_id=f"{query.arm}-{uuid.uuid4().hex}",
             version=model.name,
             learned_seq=model.learned_seq,
             state_seq=state.seq,

@@ -30,6 +30,9 @@ from serving.recommender import Recommender
 from serving.refresh import Refresher
 from training.policies import PolicyConfig
 
+CATCH_UP_S = 600.0
+"""How long a node that is new may take to read what was logged before it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSettings:
@@ -112,7 +115,8 @@ class Replica:
         )
 
     def load(self) -> None:
-        """Load the promoted version and follow from now on; blocks. Raises `RegistryError`."""
+        """Load the promoted version and follow from now on; blocks. Raises `RegistryError`, `EngineError`."""
+        self._log.catch_up(CATCH_UP_S)
         self.refresher.load(self._pinned_version)
         self.refresher.start()
 

@@ -73,6 +73,41 @@ class RecommendRequest(AskRequest):
     domain: Identifier | None = Field(default=None, description="Only items of it.")
 
 
+class ExplainRequest(BaseModel):
+    """Why an item is shown to a user."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user_id: Identifier
+    item_id: Identifier
+    arm: str | None = Field(default=None, max_length=100, description="Arm of an experiment; see /v1/versions.")
+
+
+class PromoteRequest(BaseModel):
+    """Which version is to answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: str = Field(min_length=1, max_length=40, description="Such as 3, or 3.12 with its deltas.")
+    reason: str = Field(default="", max_length=1_000, description="Kept in the registry's history.")
+
+
+class RollBackRequest(BaseModel):
+    """That the version before is to answer again."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    reason: str = Field(default="", max_length=1_000, description="Kept in the registry's history.")
+
+
+class DeleteItemsRequest(BaseModel):
+    """Items that are to be shown to nobody any more."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    item_ids: list[Identifier] = Field(min_length=1, max_length=10_000)
+
+
 class RecommendedItem(BaseModel):
     """One position of a slate."""
 
@@ -264,11 +299,124 @@ class UserResponse(BaseModel):
     history: list[HistoryEntry] = Field(description="Newest interactions, oldest first.")
 
 
+class Reason(BaseModel):
+    """Something the user did, and what it adds to the score."""
+
+    item_id: str
+    kind: str
+    text: str | None
+    adds: float
+
+
+class ExplainResponse(BaseModel):
+    """An item's score for a user, and what it rests on."""
+
+    user_id: str
+    item_id: str
+    arm: str
+    version: str
+    score: float
+    cold_start: bool = Field(description="Whether nothing the user did could be used: what is popular is shown.")
+    interactions: int = Field(description="How many interactions the score rests on.")
+    user_has_row: bool = Field(description="Whether the version has learned of this very user.")
+    item_is_new: bool = Field(description="Whether the item was put since training, and is placed by its text.")
+    text: str | None
+    because: list[Reason] = Field(description="Interactions without which the score changes most.")
+
+
+class FeedbackMinute(BaseModel):
+    """What became of the slates of an arm in a minute."""
+
+    minute_us: int
+    arm: str
+    events: int
+    impressions: int
+    clicks: int
+    ctr: float | None = Field(description="Clicks and purchases over impressions; none where none were logged.")
+    slates: int
+    hit_rate: float | None = Field(description="Slates with a click, like, cart, purchase or share, over slates.")
+
+
+class LearnedLoss(BaseModel):
+    """How well a delta's events were foreseen."""
+
+    seq: int = Field(description="The newest event of the delta.")
+    learned: float = Field(description="Log loss of events before they were learned from.")
+    base: float = Field(description="Of the same, by the version without anything learned since.")
+
+
+class TrafficSlice(BaseModel):
+    """What a replica answered in some seconds."""
+
+    at_us: int
+    requests: int
+    refused: int
+    failed: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+class ReplicaTraffic(BaseModel):
+    """How the replica that answers has done lately."""
+
+    replica: str
+    seconds: int = Field(description="Length of a slice.")
+    slices: list[TrafficSlice]
+
+
+class StatsResponse(BaseModel):
+    """What a dashboard shows."""
+
+    feedback: list[FeedbackMinute]
+    learning: list[LearnedLoss]
+    replica: ReplicaTraffic
+
+
+class MoveResponse(BaseModel):
+    """How the pointer has moved."""
+
+    promoted: str
+    before: str
+
+
+class ItemResponse(BaseModel):
+    """An item as the system sees it."""
+
+    item_id: str
+    version: str
+    text: str | None
+    is_new: bool = Field(description="Whether it was put since training.")
+    can_rank: bool
+    available: bool
+
+
+class DeleteItemsResponse(BaseModel):
+    """What became of each item."""
+
+    deleted: int
+    unknown: list[str]
+
+
 class SimilarItem(BaseModel):
     """A neighbour."""
 
     item_id: str
     score: float
+
+
+class SimilarUser(BaseModel):
+    """A user that is alike."""
+
+    user_id: str
+    score: float
+
+
+class SimilarUsersResponse(BaseModel):
+    """A user's nearest neighbours, nearest first."""
+
+    user_id: str
+    version: str
+    users: list[SimilarUser]
 
 
 class SimilarResponse(BaseModel):
@@ -290,7 +438,7 @@ class Problem(BaseModel):
     errors: list[RejectedEntry] | None = None
 
 
-REFUSALS = (400, 401, 403, 404, 413, 422, 429, 503)
+REFUSALS = (400, 401, 403, 404, 409, 413, 422, 429, 503)
 OPENAI = ("/v1/embeddings", "/v1/models")
 """Paths, and beginnings of paths, whose clients expect errors in OpenAI's form."""
 

@@ -10,7 +10,7 @@ import datetime
 
 from cluster.config import load_recipe
 from cluster.engine import open_registry
-from cluster.errors import ConfigError, NoVersionError, RegistryError
+from cluster.errors import ConfigError, NoVersionError
 from cluster.imports import load_target
 from cluster.manifest import Manifest, VersionRef
 from cluster.output import Result
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> Result:
         undo = load_target("training.online.undo:undo_learning")
         return undo(recipe, args.home, args.without_seqs, args.without_users, args.reason)
     if args.action == "rollback":
-        return _promote(registry, _previous(registry), args.reason or "rollback")
+        return _promote(registry, registry.previous(), args.reason or "rollback")
     if args.action == "canary" and (args.stop or not args.version):
         return _stop_canary(registry, args.reason) if args.stop else _show_canary(registry)
     if not args.version:
@@ -116,17 +116,6 @@ def _show(registry: Registry, ref: VersionRef) -> Result:
 
 def _time(at_us: int) -> str:
     return datetime.datetime.fromtimestamp(at_us / 1e6, datetime.UTC).isoformat(timespec="seconds")
-
-
-def _previous(registry: Registry) -> VersionRef:
-    """Return the newest promoted version before the current one, skipping this version's own deltas."""
-    current = registry.current()
-    for move in reversed(registry.history()):
-        if move.ref.version != current.version:
-            return move.ref
-    if current.delta:
-        return VersionRef(current.version)
-    raise RegistryError(f"versions rollback: {current} is the first that was promoted; there is none before it")
 
 
 def _promote(registry: Registry, ref: VersionRef, reason: str) -> Result:

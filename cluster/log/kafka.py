@@ -96,6 +96,23 @@ class KafkaLog(EventLog):
         values = [_event_value(event) for event in events]
         return self._acked(self._produce([event.user_id for event in events], values, [], tuple(events)))
 
+    def catch_up(self, patience_s: float) -> None:
+        """Return once this node has folded what the topic holds now; raises `EngineError` where it has not in time."""
+        deadline_s = time.monotonic() + patience_s
+        settings = {"bootstrap.servers": self._servers, "group.id": f"recloop-{self.topic}-look"}
+        consumer = Consumer(settings, logger=log)
+        try:
+            _, end = consumer.get_watermark_offsets(TopicPartition(self.topic, 0), timeout=patience_s)
+        except KafkaException as error:
+            raise EngineError(f"{self._servers}: does not say where {self.topic!r} ends ({error})") from error
+        finally:
+            consumer.close()
+        while (folded := self.committed_offset(self._name)) < end:
+            if self._failure is not None or time.monotonic() > deadline_s:
+                reason = self._failure or f"{folded:,} of {end:,} messages within {patience_s:.0f} s"
+                raise EngineError(f"{self.topic}: this node has not caught up ({reason})")
+            time.sleep(POLL_S)
+
     def put_items(self, items: Sequence[Item]) -> int:
         """Write items to the topic, replacing those of the same id; return the last one's number on this node."""
         values = [json.dumps(dict(zip(ITEM_COLUMNS, item_row(item), strict=True))).encode() for item in items]

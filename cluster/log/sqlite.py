@@ -127,6 +127,9 @@ class EventLog:
             after_seq = events[-1].seq if len(events) == max_events else segment.last_seq
         return events
 
+    def catch_up(self, patience_s: float) -> None:
+        """Return once this file holds all that the log does, which it always does where nobody else has the log."""
+
     def seal(self) -> list[Segment]:
         """Seal all but the newest `log.seal_after_events` events, and drop what retention says."""
         return self._sealer.seal(whole_only=False)

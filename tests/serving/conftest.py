@@ -270,7 +270,7 @@ def running_alone(home: Home) -> Iterator[Served]:
     """Serve a tiny version from one process's threads while the block lasts."""
     tiny = TinyVersions(home.ensure())
     tiny.publish_version()
-    seed_history(tiny.registry, home)
+    seed_history(tiny.registry, home.log)
     ports = {"stats_port": find_free_port(), "fallback_port": find_free_port()}
     port = find_free_port()
     with Standby(resolve_settings(tiny.recipe, home), "127.0.0.1", port, **ports), EventLog(home.log) as log:

@@ -13,12 +13,12 @@ from serving.replica import resolve_settings
 
 
 def test_a_version_trained_on_something_else_brings_its_own_past(versions, home):
-    seed_history(versions.registry, home)
+    seed_history(versions.registry, home.log)
     with EventLog(home.log) as log:
         log.append([Event(user_id="u0", item_id="i9", kind="like", ts_us=1)])
         assert log.seen_items("u0") == {"i0", "i1", "i9"}
         versions.publish_version(history=versions.likes(4))
-        seed_history(versions.registry, home)
+        seed_history(versions.registry, home.log)
         assert log.seen_items("u0") == {"i0", "i1", "i2", "i3", "i9"}
 
 
@@ -34,7 +34,7 @@ def test_a_dataset_s_later_events_follow_those_that_were_trained_on(versions, ho
         sources=[],
         rejected={},
     )
-    seed_history(versions.registry, home, dataset)
+    seed_history(versions.registry, home.log, dataset)
     with EventLog(home.log) as log:
         assert [entry.item_id for entry in log.user_state("u0", 10).history] == ["i0", "i1", "i7", "i8"]
         assert log.count_seeded(LATER_SEED) == 2

@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes, and whether they hold."""
