@@ -43,6 +43,7 @@ K = 10
 USERS = 943
 """Of MovieLens-100K; ids that a home does not know are answered as strangers."""
 FIRST_RATE = 200.0
+LEAST_RATE = 5.0
 STEPS = (1.6, 1.25, 1.12)
 """By how much the rate is raised while it holds; after one that does not, by the next smaller one."""
 WINDOW_S = 0.5
@@ -128,7 +129,7 @@ def find_rate(target: Target, rate: float, seconds: float) -> float:
         print(f"{target.url} {rate:.0f}/s: {found.statuses()} p99 {found.p(99):.1f} ms", file=sys.stderr)
         if found.share(200) == 1.0 and found.p(99) <= P99_MS:
             held, rate = rate, rate * steps[0]
-        elif not held and rate > FIRST_RATE / 10:
+        elif not held and rate > LEAST_RATE:
             rate /= 2
         elif held and len(steps) > 1:
             steps.pop(0)
