@@ -33,6 +33,7 @@ SECTIONS: Mapping[str, str] = types.MappingProxyType(
         "tables": "embeddings.tables:TablesConfig",
         "model": "training.models.two_stage:ModelConfig",
         "ids": "embeddings.ids.config:IdsConfig",
+        "index": "embeddings.index:IndexConfig",
         "train": "training.run:TrainConfig",
         "tracking": "training.tracking:TrackingConfig",
         "ease": "training.baselines.config:EaseConfig",

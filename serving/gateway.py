@@ -45,6 +45,7 @@ from serving.pages import build_pages
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import add_problem_handlers, problem_response, refuse_field
 from serving.refresh import Refresher
+from serving.request_log import RequestLog
 from training.models.resident import Resident
 
 Result = TypeVar("Result")
@@ -106,7 +107,8 @@ class Gateway:
         rates = {"rate_per_s": self._config.key_rate_per_s, "burst_s": self._config.key_burst_s}
         api.add_middleware(Admission, max_wait_s=self._config.max_wait_ms / 1e3)
         api.add_middleware(AccessControl, keys=self._keys, replicas=self._config.replicas, **rates)
-        api.add_middleware(RequestTimer, metrics=self._metrics)
+        log = RequestLog() if self._config.log_requests else None
+        api.add_middleware(RequestTimer, metrics=self._metrics, log=log)
 
         def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
             route_class = PlainRoute if body else APIRoute  # who takes a body reads it from the request
@@ -155,16 +157,17 @@ class Gateway:
         asked = schemas.RecommendRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         if asked.k > self._config.max_k:
             raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
-        return await self._answer(asked, asked.k, None, tuple(asked.categories), asked.domain)
+        return await self._answer(request, asked, asked.k, None, tuple(asked.categories), asked.domain)
 
     async def rank(self, request: Request) -> Response:
         """Put the caller's candidates in order for a user, those that the user has too."""
         asked = schemas.RankRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         candidates = tuple(dict.fromkeys(asked.items))
-        return await self._answer(asked, len(candidates), candidates)
+        return await self._answer(request, asked, len(candidates), candidates)
 
     async def _answer(
         self,
+        request: Request,
         asked: schemas.AskRequest,
         k: int,
         candidates: tuple[str, ...] | None,
@@ -198,13 +201,14 @@ class Gateway:
         if fallback is not None:
             self._metrics.count_deadline_fallback(fallback)
             answer["fallback"] = fallback
+        request.scope["told"] = {"arm": arm, "version": found.version, "fallback": fallback}
         return _json(answer)
 
     async def _find(
         self, query: recommender.Query, deadline_s: float | None
     ) -> tuple[recommender.Recommendation, FallbackName | None]:
         """Return the answer, or what stands in for it after the deadline, with its name."""
-        work = self._in_pool(self._recommender.recommend, query)
+        work = self._in_pool(self._recommend, query, time.perf_counter())
         if deadline_s is None:
             return await work, None
         try:
@@ -213,6 +217,10 @@ class Gateway:
             return self._fallbacks.find(query, self._refresher.residents)
         self._fallbacks.remember(query, found)
         return found, None
+
+    def _recommend(self, query: recommender.Query, asked_s: float) -> recommender.Recommendation:
+        self._metrics.observe_stage("queue", time.perf_counter() - asked_s)
+        return self._recommender.recommend(query)
 
     async def _read_interests(self, asked: schemas.AskRequest, arm: str, deadline_s: float | None) -> Stated | None:
         """Read interests as the version that answers does, in half of the time there is: the other is for the slate."""

@@ -5,6 +5,7 @@ Knows nothing of how requests are answered. Labels are routes, outcomes and stat
 a version, of which there is no end.
 """
 
+import re
 import secrets
 import time
 from collections import OrderedDict, deque
@@ -15,10 +16,16 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.manifest import VersionRef
+from serving.request_log import RequestLog
+
 REQUEST_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
+STAGE_BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 FRESHNESS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
 LOOKED_AFTER = frozenset(("/healthz", "/readyz", "/metrics", "/v1/stats", "/v1/versions", "other"))
 """Routes of whoever looks after the process: no traffic."""
+REQUEST_ID = b"x-request-id"
+PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 RECENT_EVENTS = 10_000
 """Newest events whose freshness is kept for exact percentiles."""
 FRESHNESS = {
@@ -75,6 +82,22 @@ class Metrics:
             ["fallback"],
             registry=self._registry,
         )
+        self._stage_s = Histogram(
+            "recloop_stage_seconds",
+            "Time of a slate's stages: waiting for a thread, the user's state, candidates, the policy's draw.",
+            ["stage"],
+            buckets=STAGE_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._under_way = Gauge("recloop_requests_under_way", "Requests not yet answered.", registry=self._registry)
+        self._kept = Counter(
+            "recloop_kept_candidates",
+            "Slates of users like everyone, by whether their candidates were kept from before.",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._version = Gauge("recloop_version", "Number of the version served.", registry=self._registry)
+        self._delta = Gauge("recloop_delta", "Number of its delta.", registry=self._registry)
         self._swaps = Counter(
             "recloop_version_swaps", "Attempts to follow the promoted version.", ["outcome"], registry=self._registry
         )
@@ -124,6 +147,23 @@ class Metrics:
             )
         return {"replica": self._replica, "seconds": SLICE_S, "slices": slices}
 
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """Count the time of one of a slate's stages."""
+        self._stage_s.labels(stage).observe(seconds)
+
+    def count_kept(self, *, hit: bool) -> None:
+        """Count whether a user's candidates were kept."""
+        self._kept.labels("hit" if hit else "miss").inc()
+
+    def set_version(self, ref: VersionRef) -> None:
+        """Note what is served."""
+        self._version.set(ref.version)
+        self._delta.set(ref.delta)
+
+    def count_under_way(self, change: int) -> None:
+        """Note that a request has come, or is answered."""
+        self._under_way.inc(change)
+
     def count_events(self, outcome: str, number: int) -> None:
         """Count events that were accepted, duplicate or rejected."""
         if number:
@@ -165,11 +205,12 @@ class Metrics:
 
 
 class RequestTimer:
-    """ASGI middleware that observes each request under its route's template."""
+    """ASGI middleware that names each request, and observes it under its route's template."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: RequestLog | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on and time it until its answer is sent."""
@@ -178,15 +219,31 @@ class RequestTimer:
             return
         started_s = time.perf_counter()
         status = 500  # what the client sees when nothing answers
+        request_id = _name(scope)
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message["headers"], (REQUEST_ID, request_id)]}
             await send(message)
 
+        self._metrics.count_under_way(1)
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.observe_request(route, status, time.perf_counter() - started_s)
+            self._metrics.count_under_way(-1)
+            route, took_s = getattr(scope.get("route"), "path", "other"), time.perf_counter() - started_s
+            self._metrics.observe_request(route, status, took_s)
+            if self._log is not None:
+                about = {"request_id": request_id.decode(), "method": scope["method"], "route": route}
+                told = {"status": status, "ms": round(1e3 * took_s, 3), "key_id": scope.get("key_id")}
+                self._log.add(about | told | scope.get("told", {}))
+
+
+def _name(scope: Scope) -> bytes:
+    """Return the client's name of the request, where it is short and plain, else a new one."""
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID and PLAIN_ID.fullmatch(value):
+            return value
+    return secrets.token_hex(8).encode()

@@ -4,6 +4,7 @@ In:  a `Query`.  Out: a `Recommendation` that names the one version it came from
 Knows nothing of HTTP or of how versions arrive. Blocks on the log and on torch: call it off the event loop.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from embeddings.text_encoder import EncoderConfig
 from serving.experiments import ARMS
 from serving.interests import Stated
 from serving.kept import Basis, KeptCandidates
+from serving.metrics import Metrics
 from serving.refresh import Residents
 from training.models.interests import Interests
 from training.models.resident import Candidates, Resident
@@ -94,12 +96,14 @@ class Recommender:
         seed: int,
         candidates: int,
         kept_users: int = 0,
+        metrics: Metrics | None = None,
     ) -> None:
         self._log = log
         self._residents = residents
         self._policy = build_policy(policy, seed)
         self._candidates = candidates
         self._kept = KeptCandidates(kept_users)
+        self._metrics = metrics or Metrics()
 
     def recommend(self, query: Query) -> Recommendation:
         """Return up to k items that the user lacks, unless the version repeats; a stranger gets what suits one."""
@@ -113,20 +117,26 @@ class Recommender:
         stated = query.stated and _usable(model, query.stated)
         unranked: list[tuple[str, str]] = []
         basis = candidates = None
-        state = UserState(history=(), seq=0)
+        state, since_s = UserState(history=(), seq=0), time.perf_counter()
         if query.is_plain and query.k <= self._candidates and arm.sees_live_state:
             state = self._log.user_state(query.user_id, 0)
             basis = Basis(residents, state.seq, state.fallback)
             candidates = self._kept.find(query.user_id, query.arm, basis)
+            self._metrics.count_kept(hit=candidates is not None)
         if candidates is None:
             state = self._log.user_state(query.user_id, model.max_history, before_seq=bound)
+            since_s = self._lap("state", since_s)
             interests = stated.interests if stated is not None else None
             candidates, unranked = self._find(query, model, residents, state.history, interests)
             if basis is not None:
                 self._kept.keep(query.user_id, query.arm, basis, candidates)
+            since_s = self._lap("candidates", since_s)
+        else:
+            since_s = self._lap("state", since_s)
         if query.boost or query.bury:
             candidates = _apply_rules(candidates, query)
         slate = self._policy.slate(candidates.item_ids, candidates.scores, query.k)
+        self._lap("policy", since_s)
         return Recommendation(
             request_id=f"{query.arm}-{uuid.uuid4().hex}",
             version=model.name,
@@ -143,6 +153,12 @@ class Recommender:
             unranked=tuple(unranked),
             uses_history=query.stated is None or any(model.knows(entry.item_id) for entry in state.history),
         )
+
+    def _lap(self, stage: str, since_s: float) -> float:
+        """Count how long a stage has taken, and return when the next begins."""
+        now_s = time.perf_counter()
+        self._metrics.observe_stage(stage, now_s - since_s)
+        return now_s
 
     def _find(
         self,

@@ -135,6 +135,7 @@ class Refresher:
             unavailable = self._catalogue.unavailable(_now_us())
             self._residents = Residents(live=live, pinned=pinned, unavailable=unavailable, tags=self._catalogue.tags)
             self._metrics.set_learned_seq(live.learned_seq)
+            self._metrics.set_version(live.state.ref)
             self._attempt("version", self._follow_pointer)
             self._attempt("canary", self._follow_canary)
 
@@ -290,6 +291,7 @@ class Refresher:
         self._residents = replace(before, live=after, previous=before.live)
         self._metrics.count_swap("swapped")
         self._metrics.set_learned_seq(after.learned_seq)
+        self._metrics.set_version(after.state.ref)
         self._learned.note_swap(before.live, after)
 
 

@@ -101,6 +101,7 @@ class Replica:
             seed=config.seed + rank,
             candidates=config.candidates,
             kept_users=config.kept_users,
+            metrics=metrics,
         )
         self._gateway = Gateway(
             config,

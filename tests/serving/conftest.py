@@ -186,21 +186,28 @@ class Served:
         return self.versions.registry
 
     def request(
-        self, method: str, path: str, body: object = None, *, raw: bytes | None = None, key: str | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        key: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         """Send JSON, or `raw` as it is; None sends no body, or no key."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
         payload = raw if body is None else json.dumps(body).encode()
         try:
-            headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-            connection.request(method, path, payload, headers)
+            sent = {"Content-Type": "application/json", **(headers or {})}
+            connection.request(method, path, payload, sent | ({"Authorization": f"Bearer {key}"} if key else {}))
             response = connection.getresponse()
             text = response.read()
         finally:
             connection.close()
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        is_json = "json" in headers.get("content-type", "")
-        return Answer(response.status, json.loads(text) if is_json else {"text": text.decode()}, headers)
+        found = {name.lower(): value for name, value in response.headers.items()}
+        is_json = "json" in found.get("content-type", "")
+        return Answer(response.status, json.loads(text) if is_json else {"text": text.decode()}, found)
 
     def recommend(self, user_id: str, **fields: object) -> dict:
         answer = self.request("POST", "/v1/recommend", {"user_id": user_id, **fields})

@@ -27,6 +27,9 @@ from training.models.version import TEXT_ROWS, USER_ROWS, VersionState, grow_row
 WITH_TEXT = 100
 """If none of so many items has a text, none has."""
 
+POPULAR_KEPT = 20_000
+"""Most popular items whose order is kept."""
+
 Put = Mapping[str, tuple[str, np.ndarray]]
 """Items put while serving: id to text and encoder vector."""
 
@@ -236,8 +239,18 @@ class Catalogue(ABC):
         self, k: int, excluded: Sequence[int] | npt.NDArray[np.int64], interest_I: torch.Tensor | None = None
     ) -> Candidates:
         """Return what a user without history is shown: what is popular, with what interests say of each item [I]."""
+        if interest_I is None and len(excluded) + k <= len(self.most_popular):
+            barred = set(excluded)
+            rows = [row for row in self.most_popular[: len(excluded) + k].tolist() if row not in barred][:k]
+            item_ids = [self.item_ids[row] for row in rows]
+            return Candidates(item_ids=item_ids, scores=self.popularity_I[rows], cold_start=True)
         scores_I = self.popularity_I.copy() if interest_I is None else self.told(interest_I)
         return self.best(scores_I, k, excluded, cold_start=interest_I is None)
+
+    @cached_property
+    def most_popular(self) -> npt.NDArray[np.int64]:
+        """Rows of the most popular items, of equals the first, for users of whom nothing is known."""
+        return np.argsort(-self.popularity_I, kind="stable")[:POPULAR_KEPT]
 
     def told(self, interest_I: torch.Tensor) -> np.ndarray:
         """Return the score of each item for a user of whom interests alone are known."""

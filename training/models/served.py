@@ -13,7 +13,7 @@ Shapes: I items, D dimension, E encoder dimension, L history length, K candidate
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from cluster.errors import RegistryError
 from cluster.events import KIND_INDEX
 from cluster.log import Interaction
 from cluster.registry import Registry, VersionReader, VersionRef
+from embeddings.index import IndexConfig, ItemIndex
 from embeddings.tables import TablesConfig
 from training.baselines.config import SystemConfig
 from training.models.blend import blended
@@ -57,6 +58,10 @@ from training.models.version import (
 
 Module = TypeVar("Module", bound=nn.Module)
 
+TUNING_USERS = 100
+"""Made-up users by whom an index is tuned, each with items drawn by how popular they are."""
+TUNING_HISTORY = 8
+
 
 @dataclass(frozen=True, kw_only=True)  # without slots, which leave no room for what is computed when it is asked for
 class ServedModel(Catalogue):
@@ -64,6 +69,8 @@ class ServedModel(Catalogue):
 
     dense: TwoStage
     item_ID: torch.Tensor
+    index: ItemIndex | None = None
+    """Of a large catalogue: where candidates are found."""
 
     @classmethod
     def load(cls, registry: Registry, ref: VersionRef, resident: Resident | None = None) -> "ServedModel":
@@ -89,7 +96,7 @@ class ServedModel(Catalogue):
         dense = _build_dense(state, resident)
         with torch.inference_mode():
             item_ID = dense.item_vectors(row_ID, text_IE)
-        return cls(
+        model = cls(
             state=state,
             dense=dense,
             put=put,
@@ -102,6 +109,7 @@ class ServedModel(Catalogue):
             popularity_I=log_popularity(count_I),
             user_row=index_users(state, resident),
         )
+        return replace(model, index=model._build_index(resident))
 
     def with_delta(self, reader: VersionReader) -> "ServedModel":
         """Return the model after a delta of this version; items put since stay."""
@@ -139,14 +147,19 @@ class ServedModel(Catalogue):
             return self.popular(k, excluded, interest_I)
         with torch.inference_mode():
             user_D = self.user_vector(user_id, known[-self.dense.config.max_history :])
-            score_I, classical_I = self.item_ID @ user_D, self.classical_scores(known)
-            if classical_I is not None:
-                score_I = blended(score_I, classical_I, self.blend_weight)
-            if interest_I is not None:
-                score_I = blended(score_I, interest_I, weigh(len(known)))
-            score_I[excluded] = float("-inf")
-            wanted = min(max(k, self.dense.config.candidates), len(self.item_ids) - len(excluded))
-            candidate_K = score_I.topk(max(wanted, 0)).indices
+            classical_I = self.classical_scores(known)
+            wanted = max(min(max(k, self.dense.config.candidates), len(self.item_ids) - len(excluded)), 0)
+            candidate_K = None
+            if self.index is not None and within_I is None and classical_I is None and interest_I is None:
+                candidate_K = self.index.search(user_D, self.item_ID, wanted, np.asarray(excluded, np.int64))
+            if candidate_K is None:
+                score_I = self.item_ID @ user_D
+                if classical_I is not None:
+                    score_I = blended(score_I, classical_I, self.blend_weight)
+                if interest_I is not None:
+                    score_I = blended(score_I, interest_I, weigh(len(known)))
+                score_I[excluded] = float("-inf")
+                candidate_K = score_I.topk(wanted).indices
             order_K = self.order(user_D, self.item_ID[candidate_K])
             if classical_I is not None:
                 order_K = blended(order_K, classical_I[candidate_K], self.blend_weight)
@@ -155,6 +168,22 @@ class ServedModel(Catalogue):
             best_K = order_K.argsort(descending=True, stable=True)[:k]
         item_ids = [self.item_ids[index] for index in candidate_K[best_K].tolist()]
         return Candidates(item_ids=item_ids, scores=order_K[best_K].numpy(), cold_start=False)
+
+    def _build_index(self, resident: Resident | None) -> ItemIndex | None:
+        """Return the resident's index where it still holds, or one made anew; none for a catalogue that needs none."""
+        config = self.state.recipe.section(IndexConfig)
+        if len(self.item_ids) <= config.exact_up_to:
+            return None
+        held = resident.index if isinstance(resident, ServedModel) else None
+        if held is not None and (index := held.over(self.item_ID)) is not None:
+            return index
+        rng = np.random.default_rng(0)
+        share_I = np.exp(self.popularity_I.astype(np.float64))
+        rows_QL = rng.choice(len(share_I), (TUNING_USERS, TUNING_HISTORY), p=share_I / share_I.sum())
+        with torch.inference_mode():
+            histories = [[Interaction(self.item_ids[row], "click", None, 0, 0) for row in rows_L] for rows_L in rows_QL]
+            user_QD = torch.stack([self.user_vector("", history) for history in histories])
+        return ItemIndex.build(self.item_ID, user_QD, config)
 
     def rank(
         self,
