@@ -11,6 +11,7 @@ Knows nothing of what answers mean. One connection, kept open: not for several t
 import http.client
 import json
 import os
+import ssl
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -35,15 +36,24 @@ Json = dict[str, Any]  # Any: whatever JSON holds
 class Client:
     """Asks one server."""
 
-    def __init__(self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Take the key given, else the environment's. Raises `ConfigError` for what is no URL or no key."""
+    def __init__(
+        self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S, ca_file: str | None = None
+    ) -> None:
+        """Take the key given, else the environment's; trust the system's certificates, or those of a file.
+
+        Raises `ConfigError` for what is no URL, no key or no certificate.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r}: must be an address such as http://127.0.0.1:8000")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._url = url
         self._root = parts.path.rstrip("/")
-        self._connection = kind(parts.netloc, timeout=timeout_s)
+        if parts.scheme == "https":
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                parts.netloc, timeout=timeout_s, context=_trusting(ca_file)
+            )
+        else:
+            self._connection = http.client.HTTPConnection(parts.netloc, timeout=timeout_s)
         key = (key or os.environ.get(KEY_VARIABLE) or "").strip()
         if not (key.isascii() and key.isprintable()):  # a secret: the error does not show it
             raise ConfigError(f"the API key (given, or in {KEY_VARIABLE}): must be printable ASCII, as it was made")
@@ -144,6 +154,13 @@ class Client:
             if not fresh and isinstance(error, http.client.RemoteDisconnected | BrokenPipeError | ConnectionResetError):
                 return self._send(method, path, payload)
             raise EngineError(f"{self._url}: does not answer ({error})") from error
+
+
+def _trusting(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{ca_file}: holds no certificates in PEM ({error})") from error
 
 
 def _seconds(retry_after: str | None) -> float:

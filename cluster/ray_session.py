@@ -298,6 +298,9 @@ def _private_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
+        # Ray has its workers, HAProxy below them too, stand back behind whatever else runs (niceness 15): a request is
+        # then answered only when nobody wants the core. Who should stand back here, training beside serving, says so.
+        "RAY_worker_niceness": "0",
         # A worker's report is taken up at the controller's next look; its default of 2 s would be most of an epoch.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # One machine, so nothing routes to a replica that is leaving: do not hold it for half a minute.

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import EngineConfig, Recipe, load_recipe
@@ -63,6 +64,7 @@ LOST_EXIT_CODE = os.EX_TEMPFAIL
 END_PATIENCE_S = 40.0
 """How long Ray may take to end in order."""
 ONLINE_TRAINER = ("training.online.actor", "running_trainer")
+LOOPBACK = "127.0.0.1"
 LOCAL_TRAINER = ("training.online.process", "running_process")
 
 
@@ -87,12 +89,37 @@ def run(args: argparse.Namespace) -> None:
             f"recloop: {version} is served as far as it is whole, and learned again from there: {damage}",
             file=sys.stderr,
         )
+    with _public_address(args):
+        _serve(args, recipe)
+
+
+def _serve(args: argparse.Namespace, recipe: Recipe) -> None:
+    from serving.config import ServeConfig
+
+    config = recipe.section(ServeConfig)
     if args.local:
         _run_locally(args, recipe)
     elif config.standby and recipe.section(EngineConfig).ray_address == "local":
         _run_with_standby(args, recipe)
     else:
         _run_on_ray(args, recipe)
+
+
+@contextlib.contextmanager
+def _public_address(args: argparse.Namespace) -> Iterator[None]:
+    """Have the address answer HTTPS where a certificate is given, and the server behind it listen for this machine."""
+    if (args.tls_certificate is None) != (args.tls_key is None):
+        raise ConfigError("--tls-certificate, --tls-key: one needs the other")
+    if args.tls_certificate is None:
+        yield
+        return
+    from serving.tls import tls_front
+
+    public = args.host, args.port
+    args.public_url = f"https://{args.host}:{args.port}"
+    args.host, args.port = LOOPBACK, find_free_port()
+    with tls_front(Path(args.tls_certificate), Path(args.tls_key), public, (args.host, args.port)):
+        yield
 
 
 def assert_reachable_by_keys_only(host: str, home: Home) -> None:
@@ -121,7 +148,7 @@ def _run_locally(args: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def _say_where(args: argparse.Namespace, recipe: Recipe, url: str) -> None:
-    version = open_registry(recipe, args.home).current()
+    version, url = open_registry(recipe, args.home).current(), args.public_url or url
     print_result({"url": url, "docs": f"{url}/docs", "version": str(version)}, as_json=args.json)
 
 
@@ -178,6 +205,7 @@ def _ray_process(
     command += [*(["--data", args.data] if args.data else []), *(["--json"] if args.json else [])]
     command += [*(["--verbose"] if args.verbose else []), *(["--without-keys"] if args.without_keys else [])]
     command += ["--keys-required"] if args.keys_required else []
+    command += ["--public-url", args.public_url] if args.public_url else []
     process = subprocess.Popen(
         command,
         env=environment,

@@ -138,7 +138,13 @@ def _plan(commands: Commands) -> _Parser:
         summary,
         "--recipe clicks --data data/rows --workers 2",
         "--recipe clicks --data s3://bucket/rows --workers 16 --machines 4 --json",
+        "--serve --items 1000000 --users 5000000 --rate 2000",
     )
+    serving = "size the servers instead: of the published version, which is timed, or of so many items and users"
+    parser.add_argument("--serve", action="store_const", dest="target", const="serving.plan:run", help=serving)
+    parser.add_argument("--items", metavar="N", type=_positive, help="with --serve; default: the version's")
+    parser.add_argument("--users", metavar="N", type=_positive, help="with --serve; default: the version's")
+    parser.add_argument("--rate", metavar="N", type=float, default=100.0, help="with --serve: requests a second")
     _add_data_flag(parser)
     _add_workers_flag(parser)
     machines = "like this one, over which the workers are spread; default: %(default)s"
@@ -251,8 +257,12 @@ def _serve(commands: Commands) -> _Parser:
     parser.add_argument(
         "--without-keys", action="store_true", help="answer anyone, be it on an address that others reach"
     )
+    tls = "answer HTTPS with this certificate, in PEM with the chain; one that is replaced is taken up"
+    parser.add_argument("--tls-certificate", metavar="FILE", help=tls)
+    parser.add_argument("--tls-key", metavar="FILE", help="the certificate's private key, in PEM")
     for flag in ("--behind-standby", "--keys-required"):  # how it starts itself
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--public-url", help=argparse.SUPPRESS)
     return parser
 
 
@@ -348,6 +358,7 @@ def _ask(commands: Commands) -> _Parser:
     parser.add_argument("--arm", help="default: the first of the server's")
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
     parser.add_argument("--key", help="an API key; default: $RECLOOP_API_KEY, which no list of processes shows")
+    parser.add_argument("--ca", metavar="FILE", help="certificates to trust of an https server, in PEM")
     return parser
 
 
