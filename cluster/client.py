@@ -104,7 +104,11 @@ class Client:
         """Return why an item is shown to a user."""
         return self.request("POST", "/v1/explain", {"user_id": user_id, "item_id": item_id, **fields})
 
-    def promote(self, version: str, reason: str = "") -> Json:
+    def stats(self) -> Json:
+        """Return what became of slates by arm, how learning goes, and how the replica that answers has done."""
+        return self.request("GET", "/v1/stats")
+
+    def promote(self, version: str | int, reason: str = "") -> Json:
         """Have a version answer."""
         return self.request("POST", "/v1/versions/promote", {"version": version, "reason": reason})
 

@@ -77,6 +77,10 @@ class Registry:
         """Return the promoted version; raises `NoVersionError` before the first one."""
         return self._pointer.current()
 
+    def readable_current(self) -> VersionRef | None:
+        """Return the promoted version, or none where there is none or the pointer is damaged."""
+        return self._pointer.readable()
+
     def promote(self, ref: VersionRef, reason: str = "") -> None:
         """Move the pointer to a published version, forwards or back."""
         self.manifest(ref)
@@ -133,9 +137,13 @@ class Registry:
         """Return the start and end of every trial, oldest first."""
         return self._canary.history()
 
+    def numbers(self) -> list[int]:
+        """Return the numbers of all published versions, oldest first."""
+        return _published(self._storage, "versions")
+
     def versions(self) -> list[Manifest]:
         """Return the manifests of all published versions, oldest first."""
-        return [self.manifest(VersionRef(number)) for number in _published(self._storage, "versions")]
+        return [self.manifest(VersionRef(number)) for number in self.numbers()]
 
     def deltas(self, version: int, after: int = 0) -> list[Manifest]:
         """Return the manifests of a version's deltas `after + 1 …`, each checked to be its predecessor's child.

@@ -102,7 +102,8 @@ class ItemIndex:
 
     def _shortlist(self, user_D: torch.Tensor, wanted: int) -> Rows:
         faiss.omp_set_num_threads(1)  # of this thread
-        looked_into = faiss.SearchParametersIVF(nprobe=self.probes)
+        looked_into = faiss.SearchParametersIVF()
+        looked_into.nprobe = self.probes
         _, found = self.lists.search(user_D.numpy()[None], min(wanted, self.lists.ntotal), params=looked_into)
         return found[0][found[0] >= 0]
 

@@ -22,7 +22,7 @@ from serving.request_log import RequestLog
 REQUEST_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
 STAGE_BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 FRESHNESS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
-LOOKED_AFTER = frozenset(("/healthz", "/readyz", "/metrics", "/v1/stats", "/v1/versions", "other"))
+LOOKED_AFTER = frozenset(("/healthz", "/readyz", "/metrics", "/v1/stats", "/v1/explain", "/v1/versions", "/", "other"))
 """Routes of whoever looks after the process: no traffic."""
 REQUEST_ID = b"x-request-id"
 PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -131,21 +131,26 @@ class Metrics:
         counted.took_s.append(seconds)
 
     def describe_traffic(self) -> dict[str, Any]:  # Any: JSON
-        """Return what this replica has answered lately, slice after slice, without health checks and metrics."""
-        slices = []
-        for number, counted in list(self._slices.items()):
-            p50, p99 = 1e3 * np.percentile(list(counted.took_s), [50, 99])
-            slices.append(
-                {
-                    "at_us": number * SLICE_S * 1_000_000,
-                    "requests": counted.requests,
-                    "refused": counted.refused,
-                    "failed": counted.failed,
-                    "p50_ms": float(p50),
-                    "p99_ms": float(p99),
-                }
-            )
-        return {"replica": self._replica, "seconds": SLICE_S, "slices": slices}
+        """Return what this replica has answered lately, slice after slice, without what looks after the process."""
+        counted = dict(self._slices)
+        now_s = time.time()
+        last = int(now_s) // SLICE_S
+        first = max(min(counted, default=last), last - SLICES + 1)
+        slices = [self._describe_slice(number, counted.get(number), now_s) for number in range(first, last + 1)]
+        return {"replica": self._replica, "slices": slices}
+
+    def _describe_slice(self, number: int, counted: _Slice | None, now_s: float) -> dict[str, Any]:  # Any: JSON
+        took_s = list(counted.took_s) if counted else []
+        p50, p99 = (1e3 * np.percentile(took_s, [50, 99])).tolist() if took_s else (None, None)
+        return {
+            "at_us": number * SLICE_S * 1_000_000,
+            "seconds": min(SLICE_S, max(now_s - number * SLICE_S, 1.0)),  # the newest goes on
+            "requests": counted.requests if counted else 0,
+            "refused": counted.refused if counted else 0,
+            "failed": counted.failed if counted else 0,
+            "p50_ms": p50,
+            "p99_ms": p99,
+        }
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """Count the time of one of a slate's stages."""

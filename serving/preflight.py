@@ -22,6 +22,16 @@ def check_version(registry: Registry, pinned_version: int | None) -> VersionRef:
     return promoted
 
 
+def check_chain(registry: Registry, ref: VersionRef) -> None:
+    """Check that all files of a version, and of its deltas up to the one named, match their manifests.
+
+    Raises `CorruptVersionError` naming the file, or `RegistryError` for what is not published.
+    """
+    registry.manifest(ref)
+    for manifest in (registry.manifest(VersionRef(ref.version)), *registry.deltas(ref.version)[: ref.delta]):
+        _check_files(Storage(registry.uri), manifest)
+
+
 def describe_damage(registry: Registry, promoted: VersionRef) -> str:
     """Return what is wrong with the deltas up to the promoted one; empty where they hold."""
     try:

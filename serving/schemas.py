@@ -81,6 +81,11 @@ class ExplainRequest(BaseModel):
     user_id: Identifier
     item_id: Identifier
     arm: str | None = Field(default=None, max_length=100, description="Arm of an experiment; see /v1/versions.")
+    boost: Identifiers = Field(default=[], description="As in the request for the slate.")
+    bury: Identifiers = Field(default=[], description="As in the request for the slate.")
+
+
+Why = Annotated[str, Field(max_length=1_000, description="Kept in the registry's history.")]
 
 
 class PromoteRequest(BaseModel):
@@ -88,8 +93,10 @@ class PromoteRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: str = Field(min_length=1, max_length=40, description="Such as 3, or 3.12 with its deltas.")
-    reason: str = Field(default="", max_length=1_000, description="Kept in the registry's history.")
+    version: Annotated[int, Field(ge=1, lt=2**31)] | Annotated[str, Field(min_length=1, max_length=40)] = Field(
+        description='Such as 3, or "3.12" with its deltas.'
+    )
+    reason: Why = ""
 
 
 class RollBackRequest(BaseModel):
@@ -97,7 +104,7 @@ class RollBackRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    reason: str = Field(default="", max_length=1_000, description="Kept in the registry's history.")
+    reason: Why = ""
 
 
 class DeleteItemsRequest(BaseModel):
@@ -300,12 +307,14 @@ class UserResponse(BaseModel):
 
 
 class Reason(BaseModel):
-    """Something the user did, and what it adds to the score."""
+    """An item the user had, and what it adds to the score."""
 
     item_id: str
-    kind: str
+    kind: str = Field(description="Of the user's newest interaction with it.")
     text: str | None
-    adds: float
+    adds: float | None = Field(
+        description="The score less what it is without the item; none where that is all there is."
+    )
 
 
 class ExplainResponse(BaseModel):
@@ -316,42 +325,68 @@ class ExplainResponse(BaseModel):
     arm: str
     version: str
     score: float
+    place: int = Field(description="Among the user's best candidates, from 1.")
+    among: int = Field(description="How many these are.")
     cold_start: bool = Field(description="Whether nothing the user did could be used: what is popular is shown.")
     interactions: int = Field(description="How many interactions the score rests on.")
     user_has_row: bool = Field(description="Whether the version has learned of this very user.")
     item_is_new: bool = Field(description="Whether the item was put since training, and is placed by its text.")
+    uses_text: bool = Field(description="Whether the item's text plays a part.")
     text: str | None
-    because: list[Reason] = Field(description="Interactions without which the score changes most.")
+    because: list[Reason] = Field(description="Items of the history without which the score changes most.")
+    rule: Literal["boosted", "buried"] | None = Field(description="What of the request moves it, whatever its score.")
 
 
 class FeedbackMinute(BaseModel):
-    """What became of the slates of an arm in a minute."""
+    """What became of the slates of an arm whose first event came in a minute."""
 
     minute_us: int
     arm: str
     events: int
-    impressions: int
-    clicks: int
-    ctr: float | None = Field(description="Clicks and purchases over impressions; none where none were logged.")
+    impressions: int = Field(description="Items of slates that were shown.")
+    clicks: int = Field(description="Of these, clicked or bought.")
+    ctr: float | None = Field(description="Clicks over impressions; none where no impressions were logged.")
     slates: int
-    hit_rate: float | None = Field(description="Slates with a click, like, cart, purchase or share, over slates.")
+    hit_rate: float = Field(description="Slates with a click, like, cart, purchase or share, over slates.")
 
 
-class LearnedLoss(BaseModel):
-    """How well a delta's events were foreseen."""
+class DeltaFigures(BaseModel):
+    """Progressive validation: how well events were foreseen before they were learned from, as a delta tells."""
 
+    version: str
     seq: int = Field(description="The newest event of the delta.")
-    learned: float = Field(description="Log loss of events before they were learned from.")
-    base: float = Field(description="Of the same, by the version without anything learned since.")
+    log_loss: float
+    base_log_loss: float = Field(description="Of the same events, without anything learned since the version.")
+    ndcg_at_10: float
+    base_ndcg_at_10: float
+
+
+class PublishedVersion(BaseModel):
+    """A version as it was published, without its deltas."""
+
+    version: str
+    created_us: int
+    learned_seq: int
+    system: str
+    promoted: str | None = Field(description="The version with its delta that is promoted, where it is of this one.")
+
+
+class Move(BaseModel):
+    """What was promoted when, and why."""
+
+    at_us: int
+    version: str
+    reason: str
 
 
 class TrafficSlice(BaseModel):
     """What a replica answered in some seconds."""
 
     at_us: int
+    seconds: float
     requests: int
-    refused: int
-    failed: int
+    refused: int = Field(description="With 429 or 503.")
+    failed: int = Field(description="With 500.")
     p50_ms: float | None
     p99_ms: float | None
 
@@ -360,15 +395,16 @@ class ReplicaTraffic(BaseModel):
     """How the replica that answers has done lately."""
 
     replica: str
-    seconds: int = Field(description="Length of a slice.")
     slices: list[TrafficSlice]
 
 
 class StatsResponse(BaseModel):
-    """What a dashboard shows."""
+    """What a dashboard shows; all but the replica's traffic is the same whichever replica answers."""
 
     feedback: list[FeedbackMinute]
-    learning: list[LearnedLoss]
+    learning: list[DeltaFigures]
+    versions: list[PublishedVersion] = Field(description="The newest first.")
+    moves: list[Move] = Field(description="The newest ones, oldest first, without those from delta to delta.")
     replica: ReplicaTraffic
 
 
@@ -376,7 +412,8 @@ class MoveResponse(BaseModel):
     """How the pointer has moved."""
 
     promoted: str
-    before: str
+    before: str | None
+    reason: str
 
 
 class ItemResponse(BaseModel):

@@ -14,7 +14,7 @@ from cluster.manifest import VersionRef
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,10 @@ def test_it_shows_what_is_served_traffic_and_feedback(page):
     expect(page.locator("#requests svg")).to_have_attribute("aria-label", re.compile("Requests a second: now answered"))
     expect(page.locator("#ctr figcaption")).to_contain_text("live 1")
     expect(page.locator("#hits figcaption")).to_contain_text("live 1")
+    expect(page.locator("#glance")).to_contain_text("CTR100.0%")
+    expect(page.locator("#replica")).to_contain_text("Of the replica that answered")
+    expect(page.locator("#freshness tbody tr")).to_have_count(5)
+    expect(page.locator("#loss")).to_contain_text("Log loss")
     expect(page.locator("#facts")).to_contain_text("live 1.0, state 1.0, frozen 1.0")
     expect(page.locator("#problem")).to_be_hidden()
 
@@ -95,9 +99,13 @@ def test_a_user_is_tried_by_keyboard_alone_with_history_slate_and_reasons(page):
 def test_versions_are_promoted_and_rolled_back_by_button(page, shown):
     shown.registry.promote(VersionRef(2), "by hand")
     expect(page.locator("#served")).to_have_text("serving 2.0", timeout=15_000)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_label("Reason for the record").fill("a bad day")
     page.get_by_role("button", name="Roll back").click()
     expect(page.locator("#moved")).to_have_text("Promoted 1.0; before it was 2.0.")
-    page.get_by_role("button", name="Promote 2.0").first.click()
+    assert shown.registry.history()[-1].reason == "a bad day"
+    expect(page.locator("#moves tbody tr").first).to_contain_text("a bad day")
+    page.get_by_role("button", name="Promote version 2").click()
     expect(page.locator("#moved")).to_have_text("Promoted 2.0; before it was 1.0.")
     assert str(shown.registry.current()) == "2.0"
     shown.registry.promote(VersionRef(1), "as it was")
@@ -117,6 +125,21 @@ def test_it_is_dark_for_whoever_wants_it_so_and_stays_so(browser, shown, page):
     preferring.goto(shown.url)
     assert background(preferring) == dark
     preferring.close()
+
+
+def test_its_files_need_no_key_and_may_ask_nobody_else(shown):
+    for path, kind in {
+        "/": "text/html",
+        "/dashboard/page.js": "text/javascript",
+        "/dashboard/style.css": "text/css",
+    }.items():
+        answer = shown.request("GET", path)
+        assert answer.status == 200
+        assert answer.headers["content-type"].startswith(kind)
+        assert answer.headers["content-security-policy"].startswith("default-src 'self';")
+        assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", answer.body["text"])
+    assert shown.request("GET", "/dashboard/other.js").status == 404
+    assert "/" not in shown.request("GET", "/openapi.json").body["paths"]
 
 
 def test_it_fits_a_telephone(page):
@@ -140,16 +163,28 @@ def test_a_key_is_asked_for_where_one_is_needed_and_a_small_one_is_refused(brows
     file = KeyFile(home.keys)
     keys = {role: file.add(role, role)[1] for role in ("read", "admin")}
     with run_alone(home) as served:
+        served.versions.publish_version(seed=1)
         opened = browser.new_page()
         opened.goto(served.url)
         expect(opened.locator("#problem")).to_contain_text("a key is needed")
         opened.get_by_label("Admin key").fill(keys["read"])
         opened.keyboard.press("Enter")
         expect(opened.locator("#problem")).to_contain_text("this needs admin")
+        opened.on("dialog", lambda dialog: dialog.accept())
+        opened.get_by_role("button", name="Roll back").click()
+        expect(opened.locator("#problem")).to_contain_text("this needs admin")
+        assert str(served.registry.current()) == "2.0"
         opened.get_by_label("Admin key").fill(keys["admin"])
         opened.keyboard.press("Enter")
-        expect(opened.locator("#served")).to_have_text("serving 1.0")
+        expect(opened.locator("#served")).to_have_text("serving 2.0", timeout=15_000)
         expect(opened.locator("#problem")).to_be_hidden()
+        opened.get_by_role("button", name="Roll back").click()
+        expect(opened.locator("#moved")).to_have_text("Promoted 1.0; before it was 2.0.")
+        assert str(served.registry.current()) == "1.0"
+        served.versions.flip_bit(VersionRef(2), "recipe.toml")
+        opened.get_by_role("button", name="Promote version 2").click()
+        expect(opened.locator("#problem")).to_contain_text("checksum differs")
+        assert str(served.registry.current()) == "1.0"
         assert keys["admin"] not in opened.url
         assert opened.evaluate("JSON.stringify(localStorage)") == "{}"
         opened.close()
