@@ -13,7 +13,7 @@ Shapes: B sequences, L positions, D dimension, H heads.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -109,12 +109,23 @@ class IntervalBias(nn.Module):
         self.place_LH = nn.Parameter(torch.zeros(max_history, heads))
         self.gap_GH = nn.Parameter(torch.zeros(GAP_BUCKETS, heads))
 
-    def forward(self, ts_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, intervals: "Intervals") -> torch.Tensor:
         """Return the bias of attending from each position to each other one, [B, H, L, L]."""
+        return (self.place_LH[intervals.back_LL] + self.gap_GH[intervals.bucket_BLL]).permute(0, 3, 1, 2)
+
+
+class Intervals(NamedTuple):
+    """Between two positions: interactions, and buckets of time. The same for every layer."""
+
+    back_LL: torch.Tensor
+    bucket_BLL: torch.Tensor
+
+    @classmethod
+    def between(cls, ts_BL: torch.Tensor) -> "Intervals":
+        """Return those of sequences of these times."""
         place_L = torch.arange(ts_BL.shape[1], device=ts_BL.device)
         back_LL = (place_L.unsqueeze(1) - place_L).clamp(min=0)
-        bucket_BLL = _log2_buckets(ts_BL.unsqueeze(2) - ts_BL.unsqueeze(1))
-        return (self.place_LH[back_LL] + self.gap_GH[bucket_BLL]).permute(0, 3, 1, 2)
+        return cls(back_LL, _log2_buckets(ts_BL.unsqueeze(2) - ts_BL.unsqueeze(1)))
 
 
 class TransformerEncoder(nn.Module):
@@ -133,9 +144,9 @@ class TransformerEncoder(nn.Module):
         """Return each position's attention over those up to it, [B, L, D]."""
         sees_B1LL = _visible(present_BL)
         unbiased = torch.zeros_like(sees_B1LL, dtype=inputs_BLD.dtype).masked_fill(~sees_B1LL, float("-inf"))
-        hidden_BLD = inputs_BLD
+        hidden_BLD, intervals = inputs_BLD, Intervals.between(ts_BL) if len(self.biases) else None
         for layer, block in enumerate(self.blocks):
-            mask_BHLL = unbiased + self.biases[layer](ts_BL) if len(self.biases) else unbiased
+            mask_BHLL = unbiased + self.biases[layer](intervals) if len(self.biases) else unbiased
             hidden_BLD = block(hidden_BLD, mask_BHLL)
         return self.norm(hidden_BLD)
 
@@ -175,9 +186,9 @@ class HSTUEncoder(nn.Module):
         """Return what each position gathers of those up to it, [B, L, D]."""
         sees_B1LL = _visible(present_BL)
         share_B1LL = sees_B1LL / sees_B1LL.sum(-1, keepdim=True)
-        hidden_BLD = inputs_BLD
+        hidden_BLD, intervals = inputs_BLD, Intervals.between(ts_BL)
         for block in self.blocks:
-            hidden_BLD = block(hidden_BLD, share_B1LL, ts_BL)
+            hidden_BLD = block(hidden_BLD, share_B1LL, intervals)
         return self.norm(hidden_BLD)
 
 
@@ -190,11 +201,11 @@ class _HSTUBlock(nn.Module):
         self.bias = IntervalBias(max_history, heads)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_BLD: torch.Tensor, share_B1LL: torch.Tensor, ts_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BLD: torch.Tensor, share_B1LL: torch.Tensor, intervals: Intervals) -> torch.Tensor:
         B, L, D = hidden_BLD.shape
         gate_BLD, v, q, k = functional.silu(self.uvqk(self.norm(hidden_BLD))).chunk(4, dim=-1)
         q, k, v = (part.view(B, L, self.heads, D // self.heads).transpose(1, 2) for part in (q, k, v))
-        score_BHLL = q @ k.transpose(2, 3) / (D // self.heads) ** 0.5 + self.bias(ts_BL)
+        score_BHLL = q @ k.transpose(2, 3) / (D // self.heads) ** 0.5 + self.bias(intervals)
         gathered_BLD = ((functional.silu(score_BHLL) * share_B1LL) @ v).transpose(1, 2).reshape(B, L, D)
         return hidden_BLD + self.out(self.dropout(self.norm_gathered(gathered_BLD) * gate_BLD))
 
