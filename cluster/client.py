@@ -84,22 +84,6 @@ class Client:
         """Add or replace items."""
         return self.request("PUT", "/v1/items", {"items": [dict(item) for item in items]})
 
-    def delete_items(self, item_ids: Sequence[str]) -> Json:
-        """Show items to nobody any more; putting one again brings it back."""
-        return self.request("POST", "/v1/items/delete", {"item_ids": list(item_ids)})
-
-    def item(self, item_id: str) -> Json:
-        """Return what is known of an item."""
-        return self.request("GET", f"/v1/items/{quote(item_id, safe='')}")
-
-    def user(self, user_id: str, k: int = 20) -> Json:
-        """Return a user as the system sees them, with the newest interactions."""
-        return self.request("GET", f"/v1/users/{quote(user_id, safe='')}?k={k}")
-
-    def similar_users(self, user_id: str, k: int = 10) -> Json:
-        """Return the users who are most like one."""
-        return self.request("GET", f"/v1/users/{quote(user_id, safe='')}/similar?k={k}")
-
     def explain(self, user_id: str, item_id: str, **fields: object) -> Json:
         """Return why an item is shown to a user."""
         return self.request("POST", "/v1/explain", {"user_id": user_id, "item_id": item_id, **fields})

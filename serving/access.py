@@ -92,7 +92,6 @@ class AccessControl:
             reason = "a key is needed: Authorization: Bearer KEY" if presented is None else "the key is not valid"
             headers = {"WWW-Authenticate": "Bearer"}
             return _response(scope, HTTPStatus.UNAUTHORIZED, reason, "invalid_api_key", headers)
-        scope["key_id"] = key.key_id
         if not key.allows(role):
             reason = f"key {key.key_id} has role {key.role}; this needs {role}"
             return _response(scope, HTTPStatus.FORBIDDEN, reason, "insufficient_role", {})

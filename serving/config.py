@@ -78,8 +78,6 @@ class ServeConfig:
     """How long an idle text encoder waits for more texts to come with the first."""
     encoder_cached: int = 20_000
     """Vectors of texts that people asked about which are kept in memory; no file holds them."""
-    log_requests: bool = False
-    """Write a JSON object on standard error for each request: what was asked how, by which key, and how it ended."""
     warm_encoder: bool = True
     """Load the text encoder's model at the start, not with the first text."""
 

@@ -45,7 +45,6 @@ from serving.pages import build_pages
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import add_problem_handlers, problem_response, refuse_field
 from serving.refresh import Refresher
-from serving.request_log import RequestLog
 from training.models.resident import Resident
 
 Result = TypeVar("Result")
@@ -107,8 +106,7 @@ class Gateway:
         rates = {"rate_per_s": self._config.key_rate_per_s, "burst_s": self._config.key_burst_s}
         api.add_middleware(Admission, max_wait_s=self._config.max_wait_ms / 1e3)
         api.add_middleware(AccessControl, keys=self._keys, replicas=self._config.replicas, **rates)
-        log = RequestLog() if self._config.log_requests else None
-        api.add_middleware(RequestTimer, metrics=self._metrics, log=log)
+        api.add_middleware(RequestTimer, metrics=self._metrics)
 
         def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
             route_class = PlainRoute if body else APIRoute  # who takes a body reads it from the request
@@ -118,7 +116,6 @@ class Gateway:
             about: Json = {"responses": described, "openapi_extra": extra, "route_class_override": route_class}
             api.router.add_api_route(path, answer, methods=[method], **about)
 
-        delete_body = schemas.DeleteItemsRequest.model_json_schema()
         recommend_body = schemas.RecommendRequest.model_json_schema()
         embeddings_body = schemas.EmbeddingsRequest.model_json_schema()
         event_body = schemas.one_or_many(schemas.event_schema(), "events")
@@ -127,11 +124,7 @@ class Gateway:
         add("/v1/rank", self.rank, "POST", schemas.RankResponse, schemas.RankRequest.model_json_schema())
         add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
         add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
-        add("/v1/items/delete", self.delete_items, "POST", schemas.DeleteItemsResponse, delete_body)
         add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
-        add("/v1/items/{item_id:path}", self.show_item, "GET", schemas.ItemResponse, {})
-        add("/v1/items/{item_id:path}", self.delete_item, "DELETE", schemas.DeleteItemsResponse, {})
-        add("/v1/users/{user_id:path}/similar", self.list_similar_users, "GET", schemas.SimilarUsersResponse, {})
         add("/v1/users/{user_id:path}", self.show_user, "GET", schemas.UserResponse, {})
         add("/v1/embeddings", self._embeddings.embed, "POST", schemas.EmbeddingsResponse, embeddings_body)
         add("/v1/models", self._embeddings.list_models, "GET", schemas.ModelsResponse, {})
@@ -157,17 +150,16 @@ class Gateway:
         asked = schemas.RecommendRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         if asked.k > self._config.max_k:
             raise refuse_field("k", f"{asked.k:,} is more than serve.max_k={self._config.max_k:,}")
-        return await self._answer(request, asked, asked.k, None, tuple(asked.categories), asked.domain)
+        return await self._answer(asked, asked.k, None, tuple(asked.categories), asked.domain)
 
     async def rank(self, request: Request) -> Response:
         """Put the caller's candidates in order for a user, those that the user has too."""
         asked = schemas.RankRequest.model_validate_json(await read_body(request, self._config.max_body_bytes))
         candidates = tuple(dict.fromkeys(asked.items))
-        return await self._answer(request, asked, len(candidates), candidates)
+        return await self._answer(asked, len(candidates), candidates)
 
     async def _answer(
         self,
-        request: Request,
         asked: schemas.AskRequest,
         k: int,
         candidates: tuple[str, ...] | None,
@@ -201,7 +193,6 @@ class Gateway:
         if fallback is not None:
             self._metrics.count_deadline_fallback(fallback)
             answer["fallback"] = fallback
-        request.scope["told"] = {"arm": arm, "version": found.version, "fallback": fallback}
         return _json(answer)
 
     async def _find(
@@ -249,51 +240,6 @@ class Gateway:
             await loop.run_in_executor(self._item_pool, self._store_items, items)
         status = HTTPStatus.OK if items else HTTPStatus.UNPROCESSABLE_ENTITY
         return _json({"accepted": len(items), "rejected": [asdict(entry) for entry in rejected]}, status)
-
-    async def show_item(self, item_id: Annotated[str, Path(max_length=MAX_ID_CHARS)]) -> Response:
-        """Say what is known of an item, whose id may hold slashes."""
-        residents = self._refresher.residents
-        model = residents.live
-        if not model.knows(item_id):
-            return _unknown("item", item_id, model)
-        about: Json = {"item_id": item_id, "version": model.name, "text": model.text_of(item_id)}
-        about |= {"is_new": item_id not in model.item_row, "can_rank": model.can_rank(item_id)}
-        return _json(about | {"available": item_id not in residents.unavailable})
-
-    async def delete_item(self, item_id: Annotated[str, Path(max_length=MAX_ID_CHARS)]) -> Response:
-        """Show an item to nobody any more, in any arm; putting it again brings it back."""
-        if not self._refresher.residents.live.knows(item_id):
-            return _unknown("item", item_id, self._refresher.residents.live)
-        return await self._delete([item_id])
-
-    async def delete_items(self, request: Request) -> Response:
-        """Show items to nobody any more, in any arm; those that nobody knows are named."""
-        body = await read_body(request, self._config.max_body_bytes)
-        return await self._delete(schemas.DeleteItemsRequest.model_validate_json(body).item_ids)
-
-    async def _delete(self, item_ids: Sequence[str]) -> Response:
-        """Close the items' time of availability: what was learned of them stays, for who has them."""
-        model, now_us = self._refresher.residents.live, time.time_ns() // 1_000
-        known = [item_id for item_id in dict.fromkeys(item_ids) if model.knows(item_id)]
-        items = [
-            Item(item_id=item_id, text=model.text_of(item_id) or item_id, available_until_us=now_us)
-            for item_id in known
-        ]
-        if items:
-            await asyncio.get_running_loop().run_in_executor(self._item_pool, self._store_items, items)
-        unknown = [item_id for item_id in dict.fromkeys(item_ids) if not model.knows(item_id)]
-        return _json({"deleted": len(known), "unknown": unknown})
-
-    async def list_similar_users(
-        self, user_id: Annotated[str, Path(max_length=MAX_ID_CHARS)], k: Annotated[int, Query(ge=1, le=1_000)] = 10
-    ) -> Response:
-        """List the users that a version has learned to be most like one; its id may hold slashes."""
-        model = self._refresher.residents.live
-        if user_id not in model.user_row:
-            return _unknown("user", user_id, model)
-        found = await self._in_pool(model.similar_users, user_id, k)
-        neighbours = [{"user_id": near_id, "score": score} for near_id, score in found]
-        return _json({"user_id": user_id, "version": model.name, "users": neighbours})
 
     async def list_similar(self, item_id: str, k: Annotated[int, Query(ge=1, le=1_000)] = 10) -> Response:
         """List the items nearest to an item; its id may hold slashes."""

@@ -5,7 +5,6 @@ Knows nothing of how requests are answered. Labels are routes, outcomes and stat
 a version, of which there is no end.
 """
 
-import re
 import secrets
 import time
 from collections import OrderedDict, deque
@@ -17,15 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.manifest import VersionRef
-from serving.request_log import RequestLog
 
 REQUEST_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
 STAGE_BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 FRESHNESS_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
 LOOKED_AFTER = frozenset(("/healthz", "/readyz", "/metrics", "/v1/stats", "/v1/explain", "/v1/versions", "/", "other"))
 """Routes of whoever looks after the process: no traffic."""
-REQUEST_ID = b"x-request-id"
-PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 RECENT_EVENTS = 10_000
 """Newest events whose freshness is kept for exact percentiles."""
 FRESHNESS = {
@@ -210,12 +206,11 @@ class Metrics:
 
 
 class RequestTimer:
-    """ASGI middleware that names each request, and observes it under its route's template."""
+    """ASGI middleware that observes each request under its route's template."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log: RequestLog | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on and time it until its answer is sent."""
@@ -224,13 +219,11 @@ class RequestTimer:
             return
         started_s = time.perf_counter()
         status = 500  # what the client sees when nothing answers
-        request_id = _name(scope)
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (REQUEST_ID, request_id)]}
             await send(message)
 
         self._metrics.count_under_way(1)
@@ -240,15 +233,3 @@ class RequestTimer:
             self._metrics.count_under_way(-1)
             route, took_s = getattr(scope.get("route"), "path", "other"), time.perf_counter() - started_s
             self._metrics.observe_request(route, status, took_s)
-            if self._log is not None:
-                about = {"request_id": request_id.decode(), "method": scope["method"], "route": route}
-                told = {"status": status, "ms": round(1e3 * took_s, 3), "key_id": scope.get("key_id")}
-                self._log.add(about | told | scope.get("told", {}))
-
-
-def _name(scope: Scope) -> bytes:
-    """Return the client's name of the request, where it is short and plain, else a new one."""
-    for name, value in scope["headers"]:
-        if name == REQUEST_ID and PLAIN_ID.fullmatch(value):
-            return value
-    return secrets.token_hex(8).encode()

@@ -107,14 +107,6 @@ class RollBackRequest(BaseModel):
     reason: Why = ""
 
 
-class DeleteItemsRequest(BaseModel):
-    """Items that are to be shown to nobody any more."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    item_ids: list[Identifier] = Field(min_length=1, max_length=10_000)
-
-
 class RecommendedItem(BaseModel):
     """One position of a slate."""
 
@@ -416,44 +408,11 @@ class MoveResponse(BaseModel):
     reason: str
 
 
-class ItemResponse(BaseModel):
-    """An item as the system sees it."""
-
-    item_id: str
-    version: str
-    text: str | None
-    is_new: bool = Field(description="Whether it was put since training.")
-    can_rank: bool
-    available: bool
-
-
-class DeleteItemsResponse(BaseModel):
-    """What became of each item."""
-
-    deleted: int
-    unknown: list[str]
-
-
 class SimilarItem(BaseModel):
     """A neighbour."""
 
     item_id: str
     score: float
-
-
-class SimilarUser(BaseModel):
-    """A user that is alike."""
-
-    user_id: str
-    score: float
-
-
-class SimilarUsersResponse(BaseModel):
-    """A user's nearest neighbours, nearest first."""
-
-    user_id: str
-    version: str
-    users: list[SimilarUser]
 
 
 class SimilarResponse(BaseModel):

@@ -22,7 +22,7 @@ from training.models.blend import blended
 from training.models.fitted import FittedSystem
 from training.models.interests import Interests, is_buried, weigh
 from training.models.tags import PutTags
-from training.models.version import TEXT_ROWS, USER_ROWS, VersionState, grow_rows
+from training.models.version import TEXT_ROWS, VersionState, grow_rows
 
 WITH_TEXT = 100
 """If none of so many items has a text, none has."""
@@ -147,10 +147,6 @@ class Resident(Protocol):
 
     def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         """Return the `k` nearest items, best first. Raises `KeyError` for an unknown item."""
-        ...
-
-    def similar_users(self, user_id: str, k: int) -> list[tuple[str, float]]:
-        """Return the `k` users whose rows are nearest to that of a user who has one, best first."""
         ...
 
     def with_state(self, state: VersionState) -> "Resident":
@@ -311,22 +307,6 @@ class Catalogue(ABC):
         """Return the `k` items nearest by cosine, best first. Raises `KeyError` for an unknown item."""
         index = self.index_of[item_id]
         return self.nearest((self.unit_vectors @ self.unit_vectors[index]).numpy(), index, k)
-
-    def similar_users(self, user_id: str, k: int) -> list[tuple[str, float]]:
-        """Return the `k` users whose rows are nearest by cosine to that of a user who has one, best first.
-
-        Empty where the version holds no rows of users, as classical systems do not. A user with a row of zeros, who has
-        done nothing yet that was learned, is like nobody.
-        """
-        row_UD = self.state.rows.get(USER_ROWS)
-        if row_UD is None:
-            return []
-        own_D, row = row_UD[self.user_row[user_id]], self.user_row[user_id]
-        cosine_U = torch.nn.functional.cosine_similarity(row_UD, own_D.unsqueeze(0), dim=1)
-        cosine_U[row] = float("-inf")
-        best = cosine_U.topk(min(k, len(cosine_U) - 1))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [(self.state.user_ids[place], score) for place, score in pairs if score > 0]
 
     def nearest(self, cosine_I: np.ndarray, index: int, k: int) -> list[tuple[str, float]]:
         """Return the `k` items with the highest cosines, without the one of this index; overwrites the cosines."""
