@@ -99,6 +99,25 @@ class Client:
     def roll_back(self, reason: str = "") -> Json:
         """Have the version before answer again."""
         return self.request("POST", "/v1/versions/rollback", {"reason": reason})
+    def item(self, item_id: str) -> Json:
+        """Return what is known of an item."""
+        return self.request("GET", f"/v1/items/{quote(item_id, safe='')}")
+
+    def delete_items(self, item_ids: Sequence[str]) -> Json:
+        """Take items out of every answer; putting them again brings them back."""
+        return self.request("POST", "/v1/items/delete", {"items": list(item_ids)})
+
+    def put_users(self, users: Sequence[Mapping[str, object]]) -> Json:
+        """Tell of users: each a user_id and attributes, which replace those told before."""
+        return self.request("PUT", "/v1/users", {"users": [dict(user) for user in users]})
+
+    def user(self, user_id: str, k: int = 20) -> Json:
+        """Return what is known of a user, with the newest k interactions."""
+        return self.request("GET", f"/v1/users/{quote(user_id, safe='')}?k={k}")
+
+    def similar_users(self, user_id: str, k: int = 10) -> Json:
+        """Return a user's nearest neighbours."""
+        return self.request("GET", f"/v1/users/{quote(user_id, safe='')}/similar?k={k}")
 
     def similar(self, item_id: str, k: int = 10) -> Json:
         """Return an item's nearest neighbours."""

@@ -58,7 +58,7 @@ class LiveCatalogue:
 
         Raises `EngineError`, keeping what was encoded before.
         """
-        lacking = [item for item in self._items.values() if model.text_of(item.item_id) != item.text]
+        lacking = [item for item in self._items.values() if self._lacks(model, item)]
         if not lacking:
             return model
         vectors = self._vectors.setdefault(model.state.encoder, {})
@@ -77,6 +77,10 @@ class LiveCatalogue:
     def unavailable(self, now_us: int) -> frozenset[str]:
         """Return the items whose availability has not begun or is over."""
         return frozenset(item_id for item_id, (start, end) in self._windows.items() if not start <= now_us < end)
+
+    @staticmethod
+    def _lacks(model: Resident, item: Item) -> bool:
+        return not item.is_deleted and model.text_of(item.item_id) != item.text
 
     def _remember(self, item: Item) -> None:
         self._items[item.item_id] = item

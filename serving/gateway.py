@@ -34,6 +34,7 @@ from serving.batching import Embedder
 from serving.bodies import read_body, split_entries
 from serving.config import ServeConfig
 from serving.embeddings import EmbeddingsApi
+from serving.entities import EntitiesApi
 from serving.experiments import ARMS
 from serving.fallbacks import FallbackName, Fallbacks
 from serving.feedback import Intake, Receipt, parse_all
@@ -98,6 +99,7 @@ class Gateway:
         self._next_look_s = 0.0
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="request")
         self._item_pool = ThreadPoolExecutor(1, thread_name_prefix="items")
+        self._entities = EntitiesApi(config, log, refresher, self._pool, self._item_pool)
 
     def build_api(self) -> FastAPI:
         """Return the ASGI app."""
@@ -119,12 +121,19 @@ class Gateway:
         recommend_body = schemas.RecommendRequest.model_json_schema()
         embeddings_body = schemas.EmbeddingsRequest.model_json_schema()
         event_body = schemas.one_or_many(schemas.event_schema(), "events")
+        user_body = schemas.one_or_many(schemas.user_schema(), "users")
+        delete_body = schemas.DeleteRequest.model_json_schema()
         item_body = schemas.one_or_many(schemas.item_schema(), "items")
         add("/v1/recommend", self.recommend, "POST", schemas.RecommendResponse, recommend_body)
         add("/v1/rank", self.rank, "POST", schemas.RankResponse, schemas.RankRequest.model_json_schema())
         add("/v1/feedback", self.take_feedback, "POST", schemas.FeedbackResponse, event_body)
         add("/v1/items", self.put_items, "PUT", schemas.ItemsResponse, item_body)
         add("/v1/items/{item_id:path}/similar", self.list_similar, "GET", schemas.SimilarResponse, {})
+        add("/v1/items/delete", self._entities.delete_items, "POST", schemas.DeletedResponse, delete_body)
+        add("/v1/items/{item_id:path}", self._entities.show_item, "GET", schemas.ItemResponse, {})
+        add("/v1/items/{item_id:path}", self._entities.delete_item, "DELETE", schemas.DeletedResponse, {})
+        add("/v1/users", self._entities.put_users, "PUT", schemas.UsersResponse, user_body)
+        add("/v1/users/{user_id:path}/similar", self._entities.list_similar, "GET", schemas.SimilarUsersResponse, {})
         add("/v1/users/{user_id:path}", self.show_user, "GET", schemas.UserResponse, {})
         add("/v1/embeddings", self._embeddings.embed, "POST", schemas.EmbeddingsResponse, embeddings_body)
         add("/v1/models", self._embeddings.list_models, "GET", schemas.ModelsResponse, {})
@@ -294,11 +303,13 @@ class Gateway:
         arm = ARMS[self._config.arms[0]]
         model = self._refresher.residents.model_of(arm, user_id)
         state = self._log.user_state(user_id, k, None if arm.sees_live_state else recommender.FIRST_LIVE_SEQ)
+        told = self._log.find_user(user_id)
         about: Json = {
             "user_id": user_id,
             "version": model.name,
             "has_row": user_id in model.user_row,
             "state_seq": state.seq,
+            "attributes": dict(told.attributes) if told is not None else {},
             "items": len(self._log.seen_items(user_id)),
             "looked_back_on": model.max_history,
             "history": [{**entry._asdict(), "text": model.text_of(entry.item_id)} for entry in state.history],

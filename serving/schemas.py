@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SkipValidation, TypeAdapter
 
-from cluster.catalogue import MAX_CATEGORIES, Item
+from cluster.catalogue import MAX_CATEGORIES, Item, User
 from cluster.events import KINDS, MAX_ID_CHARS, Event
 from serving.interests import Fallback
 
@@ -274,6 +274,54 @@ class ItemsResponse(BaseModel):
     rejected: list[RejectedEntry]
 
 
+class UsersResponse(ItemsResponse):
+    """What became of each user told of; accepted ones are durable."""
+
+
+class DeletedResponse(BaseModel):
+    """What became of each item to be deleted."""
+
+    deleted: int
+    rejected: list[RejectedEntry]
+
+
+class DeleteRequest(BaseModel):
+    """Items to be deleted."""
+
+    items: list[str] = Field(min_length=1, description="Ids.")
+
+
+class ItemResponse(BaseModel):
+    """An item as the system sees it."""
+
+    item_id: str
+    text: str | None
+    categories: list[str]
+    domain: str | None
+    available: bool = Field(description="Whether it may be recommended now.")
+    deleted: bool
+    available_from_us: int | None
+    available_until_us: int | None
+    version: str
+    has_row: bool = Field(description="Whether the version has learned of this very item, not of its text alone.")
+
+
+class SimilarUser(BaseModel):
+    """A neighbour."""
+
+    user_id: str
+    score: float
+
+
+class SimilarUsersResponse(BaseModel):
+    """A user's nearest neighbours, nearest first."""
+
+    user_id: str
+    version: str
+    by: Literal["row", "history"] = Field(description="Cosine of the version's rows, or else of the items they have.")
+    users: list[SimilarUser]
+
+
 class HistoryEntry(BaseModel):
     """Something that a user did."""
 
@@ -293,6 +341,7 @@ class UserResponse(BaseModel):
     has_row: bool = Field(description="Whether the version has learned of this very user.")
     state_seq: int = Field(description="The user's newest event in the log; 0 where there is none.")
     state_fallback: bool = False
+    attributes: dict[str, str] = Field(description="What was told of the user.")
     items: int = Field(description="How many items the user has.")
     looked_back_on: int = Field(description="Newest interactions that the version answers from.")
     history: list[HistoryEntry] = Field(description="Newest interactions, oldest first.")
@@ -446,7 +495,8 @@ def describe_problems(path: str, model: type[BaseModel] | None) -> dict[int | st
     else:
         content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
     problems = {status: {"description": HTTPStatus(status).phrase, "content": content} for status in REFUSALS}
-    if model is FeedbackResponse or model is ItemsResponse:
+    if model in (FeedbackResponse, ItemsResponse, UsersResponse, DeletedResponse):
+        assert model is not None, "it is one of these"
         problems[422]["content"] = {**content, "application/json": {"schema": model.model_json_schema()}}
     return {**problems}
 
@@ -462,6 +512,11 @@ def event_schema() -> dict[str, Any]:
 def item_schema() -> dict[str, Any]:
     """Return the JSON schema of one item."""
     return TypeAdapter(Item).json_schema()
+
+
+def user_schema() -> dict[str, Any]:
+    """Return the JSON schema of what is told of one user."""
+    return TypeAdapter(User).json_schema()
 
 
 def one_or_many(schema: dict[str, Any], name: str) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from cluster.catalogue import Item
+from cluster.catalogue import Item, User
 from cluster.errors import EngineError, InvalidEventError
 from cluster.events import Event, parse_event
-from cluster.log.records import ITEM_COLUMNS, Appended, item_row
+from cluster.log.records import ITEM_COLUMNS, USER_COLUMNS, Appended, item_row, user_row
 from cluster.log.retention import LogConfig
-from cluster.log.sqlite import EventLog, _put_items
+from cluster.log.sqlite import EventLog, _put_items, _put_users
 
 BATCH_MESSAGES = 1_000
 POLL_S = 0.02
@@ -48,6 +48,7 @@ TABLE = (
 )
 Headers = list[tuple[str, str | bytes | None]]
 ITEM_HEADER = ("recloop", b"item")
+USER_HEADER = ("recloop", b"user")
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,11 @@ class KafkaLog(EventLog):
         values = [json.dumps(dict(zip(ITEM_COLUMNS, item_row(item), strict=True))).encode() for item in items]
         self._produce([item.item_id for item in items], values, [ITEM_HEADER], ()).result()
         return self._rows("SELECT coalesce(max(item_seq), 0) FROM items")[0][0]
+
+    def put_users(self, users: Sequence[User]) -> None:
+        """Write what is told of users to the topic; returns once this node has folded it."""
+        values = [json.dumps(dict(zip(USER_COLUMNS, user_row(user), strict=True))).encode() for user in users]
+        self._produce([user.user_id for user in users], values, [USER_HEADER], ()).result()
 
     def close(self) -> None:
         """Hand over what is queued, stop following and close the file."""
@@ -237,6 +243,9 @@ class KafkaLog(EventLog):
             if ITEM_HEADER in (message.headers() or []):
                 named = json.loads(message.value())
                 _put_items(connection, [tuple(named[column] for column in ITEM_COLUMNS)])
+            elif USER_HEADER in (message.headers() or []):
+                named = json.loads(message.value())
+                _put_users(connection, [tuple(named[column] for column in USER_COLUMNS)])
             elif (event := self._parse(message)) is not None:
                 (appended,) = self._append(connection, [event])
                 row = (message.offset(), appended.seq, appended.duplicate)

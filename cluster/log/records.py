@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cluster.catalogue import Item
+from cluster.catalogue import Item, User
 from cluster.events import Event
 
 EVENT_COLUMNS = (
@@ -25,6 +25,7 @@ EVENT_COLUMNS = (
     "version",
     "context",
 )
+USER_COLUMNS = ("user_id", "attributes")
 ITEM_COLUMNS = ("item_id", "domain", "text", "categories", "available_from_us", "available_until_us")
 
 Row = tuple[Any, ...]  # Any: whatever a SQLite column holds
@@ -135,6 +136,17 @@ def item_row(item: Item) -> Row:
     """Return the values of `ITEM_COLUMNS`."""
     categories = json.dumps(item.categories)
     return (item.item_id, item.domain, item.text, categories, item.available_from_us, item.available_until_us)
+
+
+def user_row(user: User) -> Row:
+    """Return the values of `USER_COLUMNS`."""
+    return (user.user_id, json.dumps(dict(user.attributes)))
+
+
+def user_from(row: Row) -> User:
+    """Read a row of `USER_COLUMNS`."""
+    user_id, attributes = row
+    return User(user_id=user_id, attributes=json.loads(attributes))
 
 
 def item_from(row: Row) -> Item:

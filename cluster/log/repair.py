@@ -22,7 +22,7 @@ from pathlib import Path
 from cluster.errors import EngineError
 from cluster.events import INTERACTION_KINDS
 from cluster.log import schema
-from cluster.log.records import EVENT_COLUMNS, ITEM_COLUMNS, LoggedEvent, Row, event_row
+from cluster.log.records import EVENT_COLUMNS, ITEM_COLUMNS, USER_COLUMNS, LoggedEvent, Row, event_row
 from cluster.log.retention import DAMAGED, DROPPED, SEGMENT_COLUMNS, segment_from
 from cluster.log.salvage import Salvaged, salvage, salvage_segment, segment_files
 from cluster.log.sealing import NOTE_ID, NOTE_USER, RECORD, hash_id
@@ -73,7 +73,7 @@ def repair_log(path: Path) -> RepairReport:
         try:
             found = salvage(path, scratch / "copy.db")
             repaired = _collect(path, found)
-            if not (repaired.sealed or repaired.live or found.history or found.items):
+            if not (repaired.sealed or repaired.live or found.history or found.items or found.users):
                 raise EngineError(f"{path}: holds nothing that can be read as an event log; nothing was changed")
             fresh = scratch / path.name
             lost, forgotten = _write(fresh, found, repaired)
@@ -167,6 +167,7 @@ def _write(fresh: Path, found: Salvaged, repaired: _Repaired) -> tuple[list[Rang
         _insert(connection, "seeds (name, first_seq, rows)", seeds)
         _insert(connection, "offsets", found.tables["offsets"])
         _insert(connection, f"items (item_seq, {', '.join(ITEM_COLUMNS)})", found.items.values())
+        _insert(connection, f"users (user_seq, {', '.join(USER_COLUMNS)})", found.users.values())
         _write_events(connection, repaired)
         _write_sealed(connection, found, repaired)
         _write_history(connection, found, repaired, seeds)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster.events import KINDS
 from cluster.log.pages import read_records
-from cluster.log.records import EVENT_COLUMNS, ITEM_COLUMNS, LoggedEvent, Row, logged_event
+from cluster.log.records import EVENT_COLUMNS, ITEM_COLUMNS, USER_COLUMNS, LoggedEvent, Row, logged_event
 from cluster.log.segments import events_of, name_range, segments_folder
 
 SMALL_TABLES = ("offsets", "seeds", "absences", "sealed_ids", "segments")
@@ -39,6 +39,8 @@ class Salvaged:
     """SQLite could read the whole table."""
     items: dict[str, Row] = field(default_factory=dict)
     """Item rows at their newest, by item id."""
+    users: dict[str, Row] = field(default_factory=dict)
+    """What was told of users, at its newest, by user id."""
     tables: dict[str, list[Row]] = field(default_factory=dict)
     """Rows of `SMALL_TABLES`."""
     unreadable: list[str] = field(default_factory=list)
@@ -106,6 +108,10 @@ def _sort_in(found: Salvaged, row_number: int | None, record: tuple[Any, ...]) -
         item_id = record[1]
         if _has_types(record[1:], (str, str, str, str)) and found.items.get(item_id, (0,))[0] < row_number:
             found.items[item_id] = (row_number, *record[1:])
+    elif row_number is not None and len(record) == len(USER_COLUMNS) + 1 and record[0] is None:
+        user_id = record[1]
+        if _has_types(record[1:], (str, str)) and found.users.get(user_id, (0,))[0] < row_number:
+            found.users[user_id] = (row_number, *record[1:])
     elif row_number is None and _is_history(record):
         found.history.setdefault((record[0], record[1]), record)
 

@@ -27,7 +27,7 @@ from cluster.events import INTERACTION_KINDS
 from cluster.log.swap import finish_swap
 from cluster.log.wal import describe_damage
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_TIMEOUT_S = 30.0
 """How long to wait for another process's transaction."""
 
@@ -61,8 +61,16 @@ CREATE TABLE sealed_ids (id_hash BLOB PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT
 CREATE TABLE sealed_users (user_id TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE absences (first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, reason TEXT NOT NULL);
 """
+USERS_TABLE = """
+CREATE TABLE users (user_seq INTEGER PRIMARY KEY, user_id TEXT NOT NULL UNIQUE, attributes TEXT NOT NULL);
+"""
 REPLACE_INDEX = f"DROP INDEX events_of_user; {OTHERS_OF_USER}"
-UPGRADES = {0: LIVE_TABLES + SEALED_TABLES, 1: SEALED_TABLES + REPLACE_INDEX, 2: REPLACE_INDEX}
+UPGRADES = {
+    0: LIVE_TABLES + SEALED_TABLES + USERS_TABLE,
+    1: SEALED_TABLES + REPLACE_INDEX + USERS_TABLE,
+    2: REPLACE_INDEX + USERS_TABLE,
+    3: USERS_TABLE,
+}
 """What each older schema lacks; 0 is a file that is not there yet."""
 
 

@@ -1,6 +1,6 @@
 """The embedded event log: one SQLite file that several processes may append to and read.
 
-In:  events, past interactions, items, consumers' offsets.  Out: sequence numbers, events in order, user state.
+In:  events, past interactions, items, users, consumers' offsets.  Out: sequence numbers, events in order, user state.
 Knows nothing of HTTP, models or training.
 
 An ack (a returned `Appended`) means that the event survives a crash of any process and a power loss. Sequence numbers
@@ -10,11 +10,12 @@ imported past (seq <= 0). Older events are sealed to Parquet (sealing.py); readi
 """
 
 import itertools
+import json
 import secrets
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
-from cluster.catalogue import Item
+from cluster.catalogue import Item, User
 from cluster.errors import EngineError
 from cluster.events import Event
 from cluster.log import schema, verification
@@ -32,6 +33,7 @@ from cluster.log.commit import GroupCommit
 from cluster.log.records import (
     EVENT_COLUMNS,
     ITEM_COLUMNS,
+    USER_COLUMNS,
     Appended,
     LoggedEvent,
     Row,
@@ -41,6 +43,8 @@ from cluster.log.records import (
     item_from,
     item_row,
     logged_event,
+    user_from,
+    user_row,
 )
 from cluster.log.retention import SEGMENT_COLUMNS, LogConfig, segment_from
 from cluster.log.sealing import HEAD, Sealer, hash_id
@@ -70,6 +74,14 @@ READ_EVENTS = f"SELECT seq, acked_us, {', '.join(EVENT_COLUMNS)} FROM events WHE
 FIND_SEGMENT = f"SELECT {SEGMENT_COLUMNS} FROM segments WHERE last_seq > ? ORDER BY last_seq LIMIT 1"
 LINEAGE = "CREATE TABLE IF NOT EXISTS lineage (name TEXT NOT NULL)"
 READ_ITEMS = f"SELECT item_seq, {', '.join(ITEM_COLUMNS)} FROM items WHERE item_seq > ? ORDER BY item_seq LIMIT ?"
+FIND_ITEM = f"SELECT {', '.join(ITEM_COLUMNS)} FROM items WHERE item_id = ?"
+FIND_USER = f"SELECT {', '.join(USER_COLUMNS)} FROM users WHERE user_id = ?"
+READ_USERS = f"SELECT user_seq, {', '.join(USER_COLUMNS)} FROM users WHERE user_seq > ? ORDER BY user_seq LIMIT ?"
+SHARING_USERS = """
+SELECT user_id, sum(item_id IN (SELECT value FROM json_each(:items))) AS shared, count(*) AS items
+FROM (SELECT DISTINCT user_id, item_id FROM user_history WHERE user_id <> :user_id)
+GROUP BY user_id HAVING shared > 0 ORDER BY 1.0 * shared * shared / items DESC, user_id LIMIT :most
+"""
 
 
 class EventLog:
@@ -204,6 +216,33 @@ class EventLog:
         """Return items written after a number, each once, at its newest."""
         return [(row[0], item_from(row[1:])) for row in self._rows(READ_ITEMS, (after_item_seq, max_items))]
 
+    def find_item(self, item_id: str) -> Item | None:
+        """Return the item as it was put last, or deleted; none where it never was."""
+        rows = self._rows(FIND_ITEM, (item_id,))
+        return item_from(rows[0]) if rows else None
+
+    def put_users(self, users: Sequence[User]) -> None:
+        """Write what is told of users, replacing what was told of the same ones before."""
+        rows = [user_row(user) for user in users]
+        self._writer.submit(lambda connection: _put_users(connection, rows)).result()
+
+    def find_user(self, user_id: str) -> User | None:
+        """Return what was told of a user; none where nothing was."""
+        rows = self._rows(FIND_USER, (user_id,))
+        return user_from(rows[0]) if rows else None
+
+    def read_users(self, after_user_seq: int, max_users: int) -> list[tuple[int, User]]:
+        """Return users told of after a number, each once, at the newest."""
+        return [(row[0], user_from(row[1:])) for row in self._rows(READ_USERS, (after_user_seq, max_users))]
+
+    def users_sharing(self, user_id: str, item_ids: Iterable[str], most: int) -> list[tuple[str, int, int]]:
+        """Return the users whose items are nearest to these by cosine: id, items shared, items in all.
+
+        Reads the whole of user history, in this node's file.
+        """
+        values = {"user_id": user_id, "items": json.dumps(list(item_ids)), "most": most}
+        return [(other_id, shared, items) for other_id, shared, items in self._rows(SHARING_USERS, values)]
+
     def verify(self) -> VerifyReport:
         """Check the whole log against itself and its file; reads everything."""
         with self._snapshot() as connection:
@@ -333,11 +372,20 @@ def _find_known(connection: sqlite3.Connection, event_ids: Sequence[str]) -> dic
 
 
 def _put_items(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
-    head = connection.execute("SELECT coalesce(max(item_seq), 0) FROM items").fetchone()[0]
+    return _put(connection, "item", ITEM_COLUMNS, rows)
+
+
+def _put_users(connection: sqlite3.Connection, rows: Sequence[Row]) -> int:
+    return _put(connection, "user", USER_COLUMNS, rows)
+
+
+def _put(connection: sqlite3.Connection, kind: str, columns: Sequence[str], rows: Sequence[Row]) -> int:
+    """Write rows, of which the first column is the id, as the newest of their kind; return the last one's number."""
+    head = connection.execute(f"SELECT coalesce(max({kind}_seq), 0) FROM {kind}s").fetchone()[0]
     statement = (
-        f"INSERT INTO items (item_seq, {', '.join(ITEM_COLUMNS)}) VALUES (?{', ?' * len(ITEM_COLUMNS)}) "
-        "ON CONFLICT (item_id) DO UPDATE SET item_seq = excluded.item_seq, "
-        + ", ".join(f"{column} = excluded.{column}" for column in ITEM_COLUMNS[1:])
+        f"INSERT INTO {kind}s ({kind}_seq, {', '.join(columns)}) VALUES (?{', ?' * len(columns)}) "
+        f"ON CONFLICT ({columns[0]}) DO UPDATE SET {kind}_seq = excluded.{kind}_seq, "
+        + ", ".join(f"{column} = excluded.{column}" for column in columns[1:])
     )
     connection.executemany(statement, ((number, *row) for number, row in enumerate(rows, head + 1)))
     return head + len(rows)

@@ -4,7 +4,7 @@ In:  an open log, a range of sequence numbers, where to.  Out: a dataset, or cou
 Knows nothing of segments: reading does not show where an event is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,12 +43,16 @@ def export_events(log: EventLog, folder: Path, first_seq: int, last_seq: int | N
     if not events.num_rows:
         raise DataError(f"{log.path}: no events from {first_seq} to {last_seq or 'its head'}; try --from 1")
     users = pc.unique(events["user_id"]).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]  # made at import
+    told = _attributes(log)
     return write_dataset(
         folder,
         name=folder.name,
         events=events,
         items=_items(log, events),
-        users=pa.table({"user_id": users, "attributes": [[] for _ in users]}, schema=USER_SCHEMA),
+        users=pa.table(
+            {"user_id": users, "attributes": [list(told.get(user_id, {}).items()) for user_id in users]},
+            schema=USER_SCHEMA,
+        ),
         label=LABEL,
         sources=[Source(name="event log", licence="the operator's own", url="")],
         rejected={},
@@ -62,6 +66,16 @@ def replay_events(log: EventLog, target: EventLog, first_seq: int, last_seq: int
         duplicates = sum(ack.duplicate for ack in target.append([logged.event for logged in events]))
         new, known = new + len(events) - duplicates, known + duplicates
     return new, known
+
+
+def _attributes(log: EventLog) -> dict[str, Mapping[str, str]]:
+    """Return what the log was told of users."""
+    told: dict[str, Mapping[str, str]] = {}
+    user_seq = 0
+    while batch := log.read_users(user_seq, BATCH_ITEMS):
+        told |= {user.user_id: user.attributes for _, user in batch}
+        user_seq = batch[-1][0]
+    return told
 
 
 def _items(log: EventLog, events: pa.Table) -> pa.Table:

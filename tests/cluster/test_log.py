@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster.catalogue import Item
+from cluster.catalogue import Item, User
 from cluster.errors import EngineError
 from cluster.events import INTERACTION_KINDS, KINDS, Event, events_table
 from cluster.log import Appended, EventLog, Interaction
@@ -288,6 +288,24 @@ def test_items_are_read_once_at_their_newest(log):
     assert log.read_items(0, 10) == [(2, ran), (3, longer)]
     assert log.read_items(2, 10) == [(3, longer)]
     assert log.put_items([]) == 3
+
+
+def test_what_was_told_last_of_a_user_counts(log):
+    log.put_users([User(user_id="a", attributes={"plan": "free"}), User(user_id="b")])
+    log.put_users([User(user_id="a", attributes={"plan": "family"})])
+    assert log.find_user("a") == User(user_id="a", attributes={"plan": "family"})
+    assert log.find_user("c") is None
+    assert [user.user_id for _, user in log.read_users(0, 10)] == ["b", "a"]
+
+
+def test_an_item_is_found_as_it_was_put_or_deleted_last(log):
+    ran = Item(item_id="r", text="Ran", categories=("war",), available_from_us=1)
+    log.put_items([ran])
+    assert log.find_item("r") == ran
+    log.put_items([ran.as_deleted()])
+    assert log.find_item("r") == ran.as_deleted()
+    assert log.find_item("r").is_deleted
+    assert log.find_item("a") is None
 
 
 def test_many_threads_share_the_log(log):

@@ -42,6 +42,12 @@ class Tags:
         """Rows by domain."""
         return _by_name(self.table["domain"].combine_chunks(), np.arange(len(self.table)))
 
+    def of_row(self, row: int) -> tuple[list[str], str | None]:
+        """Return one item's categories and domain; none of an item that the version was not told of."""
+        if row >= len(self.table):
+            return [], None
+        return self.table["categories"][row].as_py() or [], self.table["domain"][row].as_py()
+
     def mask(self, categories: Sequence[str], domain: str | None, items: int) -> npt.NDArray[np.bool_]:
         """Return which of so many items are of any of the categories, where some are given, and of the domain."""
         is_within_I = np.ones(items, np.bool_)

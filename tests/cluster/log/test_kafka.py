@@ -14,7 +14,7 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
-from cluster.catalogue import Item
+from cluster.catalogue import Item, User
 from cluster.config import EngineConfig
 from cluster.engine import open_served_log
 from cluster.errors import EngineError
@@ -91,12 +91,13 @@ def test_a_client_that_hangs_up_calls_nothing_off(servers, topic, tmp_path) -> N
 
 
 def test_another_node_folds_the_topic_to_the_same(servers, topic, tmp_path) -> None:
-    item = Item(item_id="i1", text="one")
+    item, user = Item(item_id="i1", text="one"), User(user_id="u1", attributes={"plan": "family"})
     with (
         KafkaLog(tmp_path / "a.db", servers=servers, topic=topic) as one,
         KafkaLog(tmp_path / "b.db", servers=servers, topic=topic) as other,
     ):
         one.put_items([item])
+        one.put_users([user])
         for number in range(50):
             (one if number % 3 else other).append([click(number, f"u{number % 7}"), click(number // 2, "u0")])
         head = max(one.head_seq(), other.head_seq())
@@ -106,6 +107,7 @@ def test_another_node_folds_the_topic_to_the_same(servers, topic, tmp_path) -> N
         assert [entry[:2] for entry in one.read(0, 100)] == [entry[:2] for entry in other.read(0, 100)]
         assert one.user_state("u3", 10) == other.user_state("u3", 10)
         assert one.read_items(0, 10) == other.read_items(0, 10)
+        assert one.find_user("u1") == other.find_user("u1") == user
     (tmp_path / "a.db").unlink()  # a node that lost its file
     for rest in tmp_path.glob("a.db-*"):
         rest.unlink()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.catalogue import Item
+from cluster.catalogue import Item, User
 from cluster.errors import EngineError
 from cluster.events import Event, events_table
 from cluster.log import Appended, EventLog
@@ -42,6 +42,7 @@ def crashed(path, last=600):
     log = EventLog(path)
     log.seed_history("ml", events_table([Event(user_id="u1", item_id="old", kind="click", ts_us=1, event_id="p1")]))
     log.put_items([Item(item_id="m9", text="Ran")])
+    log.put_users([User(user_id="u1", attributes={"plan": "family"})])
     log.commit_offset("trainer", 5)
     for first in range(1, last + 1, 20):
         log.append(make_events(first, first + 19))
@@ -60,6 +61,7 @@ def closed(path, config=None, last=600):
     log = EventLog(path, config)
     log.seed_history("ml", events_table([Event(user_id="u1", item_id="old", kind="click", ts_us=1, event_id="p1")]))
     log.put_items([Item(item_id="m9", text="Ran")])
+    log.put_users([User(user_id="u1", attributes={"plan": "family"})])
     log.append(make_events(1, last))
     log.seal()
     events = log.read(0, 10_000)
@@ -95,6 +97,7 @@ def test_a_sound_log_is_the_same_after_repair(path):
     with EventLog(path) as log:
         assert log.user_state("u1", 1_000).history[0].item_id == "old"
         assert log.read_items(0, 10) == [(1, Item(item_id="m9", text="Ran"))]
+        assert log.find_user("u1") == User(user_id="u1", attributes={"plan": "family"})
         assert log.committed_offset("trainer") == 5
     assert (Path(report.kept) / "events.db-wal").exists()
 

@@ -195,15 +195,19 @@ def test_a_writer_killed_while_sealing_loses_nothing_and_doubles_nothing(path):
 
 
 @pytest.mark.parametrize(
-    ("schema", "tables"), [(1, ("segments", "sealed_ids", "sealed_users", "absences")), (2, ())], ids=["1", "2"]
+    ("schema", "tables"),
+    [(1, ("segments", "sealed_ids", "sealed_users", "absences", "users")), (2, ("users",)), (3, ("users",))],
+    ids=["1", "2", "3"],
 )
 def test_a_log_of_an_older_schema_is_carried_on(path, schema, tables):
     filled(path, sealed=False).close()
     execute(path, *(f"DROP TABLE {name}" for name in tables))
-    execute(path, "DROP INDEX others_of_user", "CREATE INDEX events_of_user ON events (user_id)")
+    if schema < 3:
+        execute(path, "DROP INDEX others_of_user", "CREATE INDEX events_of_user ON events (user_id)")
     execute(path, f"PRAGMA user_version = {schema}")
     with EventLog(path, SMALL) as log:
         assert len(log.read(0, 1_000)) == 200
+        assert log.find_user("u1") is None
         assert log.append(make_events(200, 201)) == [Appended("e200", 200, True), Appended("e201", 201, False)]
         assert [log.user_state(f"u{n}", 1).seq for n in range(7)] == [196, 197, 198, 199, 200, 201, 195]
         log.seal()
