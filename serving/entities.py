@@ -145,11 +145,12 @@ def nearest_by_row(model: Resident, user_id: str, k: int) -> list[tuple[str, flo
     row, row_UD = model.user_row.get(user_id), model.state.rows.get(USER_ROWS)
     if row is None or row_UD is None or not row_UD[row].any():
         return None
-    unit_UD = torch.nn.functional.normalize(row_UD.float(), dim=1)
-    cosine_U = unit_UD @ unit_UD[row]
-    cosine_U[row] = -torch.inf
-    best = cosine_U.topk(min(k, len(cosine_U) - 1))
-    user_ids = [model.state.user_ids[place] for place in best.indices.tolist()]
+    norm_U = torch.linalg.vector_norm(row_UD.float(), dim=1)
+    others_N = torch.nonzero(norm_U).flatten()  # those of whom something is learned
+    others_N = others_N[others_N != row]
+    cosine_N = (row_UD[others_N].float() @ row_UD[row].float()) / (norm_U[others_N] * norm_U[row])
+    best = cosine_N.topk(min(k, len(cosine_N)))
+    user_ids = [model.state.user_ids[other] for other in others_N[best.indices].tolist()]
     return list(zip(user_ids, best.values.tolist(), strict=True))
 
 
