@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.keys import Key, KeyRing
 from serving.pages import FILES, FOLDER
 from serving.problems import openai_response, problem_response
+from serving.request_notes import NOTES
 from serving.schemas import OPENAI
 
 PAGES = frozenset(("/", *(FOLDER + name for name in FILES[1:])))
@@ -95,6 +96,8 @@ class AccessControl:
         if not key.allows(role):
             reason = f"key {key.key_id} has role {key.role}; this needs {role}"
             return _response(scope, HTTPStatus.FORBIDDEN, reason, "insufficient_role", {})
+        if (notes := NOTES.get()) is not None:
+            notes.key_id = key.key_id
         if wait_s := self._bucket(key).take():
             headers = {"Retry-After": str(math.ceil(wait_s))}
             reason = f"key {key.key_id} has asked too often; wait {wait_s:.1f} s"

@@ -58,6 +58,8 @@ class ServeConfig:
     of the ingress grants its share of it, by the fewest copies there are: while there are more, a key may make more."""
     key_burst_s: float = 2.0
     """How many seconds' worth of them may come at once."""
+    log_requests: bool = False
+    """Whether each request is told of on stderr, in a line of JSON; those that fail always are."""
     seed: int = 0
     """Of the policy's draws; each replica adds its rank."""
     max_batch_texts: int = 2_048

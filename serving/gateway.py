@@ -46,6 +46,7 @@ from serving.pages import build_pages
 from serving.past import LATER_SEED, count_training_events, trained_version
 from serving.problems import add_problem_handlers, problem_response, refuse_field
 from serving.refresh import Refresher
+from serving.request_notes import NOTES, RequestIds, RequestLog
 from training.models.resident import Resident
 
 Result = TypeVar("Result")
@@ -109,6 +110,7 @@ class Gateway:
         api.add_middleware(Admission, max_wait_s=self._config.max_wait_ms / 1e3)
         api.add_middleware(AccessControl, keys=self._keys, replicas=self._config.replicas, **rates)
         api.add_middleware(RequestTimer, metrics=self._metrics)
+        api.add_middleware(RequestIds, log=RequestLog(), log_all=self._config.log_requests)
 
         def add(path: str, answer: Callable[..., Any], method: str, model: type[BaseModel] | None, body: Json) -> None:
             route_class = PlainRoute if body else APIRoute  # who takes a body reads it from the request
@@ -202,6 +204,8 @@ class Gateway:
         if fallback is not None:
             self._metrics.count_deadline_fallback(fallback)
             answer["fallback"] = fallback
+        if (notes := NOTES.get()) is not None:
+            notes.version, notes.arm, notes.fallback = found.version, arm, fallback
         return _json(answer)
 
     async def _find(

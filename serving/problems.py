@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from cluster.errors import EngineError, InvalidEventError, NoVersionError, RecloopError
+from serving.request_notes import current_request_id
 from serving.schemas import OPENAI
 
 RETRY_AFTER_S = 1
@@ -49,6 +50,8 @@ def problem_response(
         "status": status,
         "detail": detail,
     }
+    if (request_id := current_request_id()) is not None:
+        body["request_id"] = request_id
     if errors:
         body["errors"] = list(errors)
     return Response(json.dumps(body), status, headers, media_type="application/problem+json")
@@ -111,6 +114,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 
 async def _answer_defect(request: Request, error: Exception) -> Response:
-    log.error("%s %s: a defect", request.method, request.url.path, exc_info=error)
+    request_id = current_request_id()
+    route = getattr(request.scope.get("route"), "path", "other")  # not the path, which may name a user
+    log.error("%s %s (request %s): a defect", request.method, route, request_id, exc_info=error)
     answer = openai_response if request.url.path.startswith(OPENAI) else problem_response
-    return answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"a defect of the server ({type(error).__name__}); see its log")
+    reason = f"a defect of the server ({type(error).__name__}); see its log"
+    # Answered outside of all middleware, so the id is put on here.
+    named = {"X-Request-Id": request_id} if request_id is not None else {}
+    return answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, headers=named)

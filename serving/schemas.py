@@ -480,6 +480,7 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
+    request_id: str | None = Field(default=None, description="As in the header X-Request-Id.")
     errors: list[RejectedEntry] | None = None
 
 
