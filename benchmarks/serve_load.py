@@ -92,7 +92,7 @@ def bodies() -> list[bytes]:
 def measure_rates(args: argparse.Namespace, home: Path, _: Json) -> tuple[Json, list[Check]]:
     """Search the highest rates in turns, with all servers up."""
     peers = {name: python for name in ("bentoml", "litserve") if (python := getattr(args, name))}
-    seconds = 1.0 if args.quick else 4.0
+    seconds = 1.0 if args.quick else 3.0
     with contextlib.ExitStack() as stack:
         targets: dict[str, Target] = {}
         for name in ("serve", "default", "local", "plain", *peers):
@@ -112,7 +112,7 @@ def measure_rates(args: argparse.Namespace, home: Path, _: Json) -> tuple[Json, 
 
             return search
 
-        turns = interleave({name: turn(name) for name in targets}, 1 if args.quick else args.repeats)
+        turns = interleave({name: turn(name) for name in targets}, 1 if args.quick else args.repeats, warm_ups=0)
     bars = {"noop": ">=0.6", "default": ">=2", "bentoml": ">=1.5", "litserve": ">=1.5"}
     checks = [
         build_check(f"serve_over_{base}", turns.ratio("serve", base), bars[base]) for base in bars if base in best

@@ -99,6 +99,7 @@ class Client:
     def roll_back(self, reason: str = "") -> Json:
         """Have the version before answer again."""
         return self.request("POST", "/v1/versions/rollback", {"reason": reason})
+
     def item(self, item_id: str) -> Json:
         """Return what is known of an item."""
         return self.request("GET", f"/v1/items/{quote(item_id, safe='')}")

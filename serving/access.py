@@ -29,7 +29,7 @@ READS = frozenset(("/v1/recommend", "/v1/rank", "/v1/embeddings"))
 """Paths of questions that are asked with POST."""
 ADMIN = frozenset(("/metrics", "/v1/versions", "/v1/versions/promote", "/v1/versions/rollback", "/v1/stats"))
 """Paths that tell of the system or change it, not of items."""
-PERSONAL = ("/v1/users", "/v1/explain")
+PERSONAL = ("/v1/users/", "/v1/explain")
 """Begin the paths that tell what somebody did."""
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
