@@ -32,12 +32,13 @@ demo: $(STAMP)  ## run the whole loop on MovieLens-100K; ARGS=--stay leaves the 
 test: $(STAMP)  ## run the tests
 	$(BIN)/pytest -q $(ARGS)
 
-check: $(STAMP)  ## ruff, pyright, import-linter, manifests
+check: $(STAMP)  ## ruff, pyright, import-linter, manifests, versions installed
 	$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
 	$(BIN)/ruff check --quiet .
 	$(BIN)/pyright --warnings
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m k8s.validate
+	$(BIN)/python .ci/audit.py
 
 clean:  ## remove .venv and what tools left behind; recloop-home stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache *.egg-info
