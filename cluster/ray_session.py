@@ -301,6 +301,11 @@ def _private_environment(folder: Path) -> dict[str, str]:
         # Ray has its workers, HAProxy below them too, stand back behind whatever else runs (niceness 15): a request is
         # then answered only when nobody wants the core. Who should stand back here, training beside serving, says so.
         "RAY_worker_niceness": "0",
+        # The app never blocks the event loop, so it may share Serve's: a request crosses no threads but the app's own.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         # A worker's report is taken up at the controller's next look; its default of 2 s would be most of an epoch.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # One machine, so nothing routes to a replica that is leaving: do not hold it for half a minute.

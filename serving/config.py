@@ -45,7 +45,7 @@ class ServeConfig:
     """Largest request body."""
     max_ongoing_requests: int = 64
     """Requests a replica works on at a time."""
-    max_queued_requests: int = 256
+    max_queued_requests: int = 16
     """Requests that wait for a replica; further ones are answered 429 with Retry-After."""
     max_wait_ms: float = 50.0
     """A replica answers 429 to requests for slates that would wait longer than so for those before them."""
