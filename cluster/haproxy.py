@@ -44,6 +44,10 @@ def build_settings(folder: Path, find_port: Callable[[], int]) -> dict[str, str]
         # HAProxy or a replica that ends is missed within a second or two, where the defaults take 10 to 30.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
+        # A replica whose connections fail is left out at once. One that is only busy, two cores while others start,
+        # has two seconds to answer: with the default of two looks, a quarter of a second apart, nobody was left at all.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FASTINTER": "500ms",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "4",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_port()),
         **{name: os.environ.get(given) or str(find_port()) for name, given in GIVEN_PORTS.items()},
     }
