@@ -24,9 +24,9 @@ from training.models.resident import Resident
 from training.models.version import TEXT_ROWS, read_version
 
 PROCESS_BYTES = 600 << 20
-"""Of a replica before it holds a version: Python, torch, Ray's worker. Measured on MovieLens-100K."""
+"""Of a replica before it holds a version: Python, torch, Ray's worker; 490 MiB were seen with MovieLens-100K in it."""
 ENCODER_BYTES = 900 << 20
-"""Of the text encoder's own process with the packaged model; measured likewise."""
+"""Of the text encoder's own process with the packaged model; 410 MiB were seen without it. An estimate."""
 ID_BYTES = 180
 """Of an id of some ten characters with its place in an index, as Python holds it."""
 TEXT_BYTES = 350
@@ -34,8 +34,8 @@ TEXT_BYTES = 350
 FLOAT_BYTES = 4
 KEPT_BYTES = 3_000
 """Of one user's candidates that are kept."""
-OVERHEAD_MS = 1.0
-"""Of HTTP, keys and JSON, a request; what a replica adds to the ranker's own call at one request at a time."""
+OVERHEAD_MS = 1.3
+"""Of HTTP, keys and JSON, a request (`benchmarks.serve_load --parts delay`: 1.3 ms on two slow cores)."""
 PART_BUSY = 0.5
 """Share of a replica's time that may be used for p99 to stay within 50 ms: what is left takes up bursts and swaps."""
 TIMED_USERS = 100
